@@ -1,0 +1,177 @@
+"""What a quantized checkpoint stands for: its dense tensors and the grids that they are stored on. No torch.
+
+Read is the compressed-tensors layout with integer weights alone; see `packed.py` for its tensors.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from packlight.checkpoint.config import base_fields, classify
+from packlight.checkpoint.shards import TensorEntry
+from packlight.errors import CheckpointError
+from packlight.spec import FLOAT_DTYPES, Grid, Precision, TensorSpec
+
+FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
+"""Values of `quantization_config.format` that are read."""
+
+_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+_CLASSES: Mapping[str, tuple[str, ...]] = {"Linear": ("linear", "expert", "head"), "Embedding": ("embedding",)}
+
+
+def logical_tensors(config: Mapping[str, Any], index: Mapping[str, TensorEntry]) -> tuple[TensorSpec, ...]:
+    """The dense tensors that a checkpoint's files stand for, in the order of the index.
+
+    A quantized matrix has the shape in its `weight_shape`, else that of its `weight`, and the config's dtype.
+
+    Raises:
+        CheckpointError: a quantized matrix without a shape, or a `weight_shape` that is not two sizes.
+    """
+    scaled = {name.removesuffix(".weight_scale") for name in index if name.endswith(".weight_scale")}
+    tensors = []
+    for name, entry in index.items():
+        base, _, part = name.rpartition(".")
+        if base not in scaled:
+            tensors.append(TensorSpec(name, entry.shape, entry.dtype, classify(name, entry.shape)))
+        elif part in ("weight", "weight_packed"):
+            shape = _dense_shape(index, base)
+            weight = f"{base}.weight"
+            tensors.append(TensorSpec(weight, shape, base_fields(config).dtype, classify(weight, shape)))
+        elif part not in _PARTS:
+            tensors.append(TensorSpec(name, entry.shape, entry.dtype, classify(name, entry.shape)))
+    return tuple(tensors)
+
+
+def stored_precision(
+    config: Mapping[str, Any], tensors: Sequence[TensorSpec], index: Mapping[str, TensorEntry] | None = None
+) -> Precision | None:
+    """The precision that a config says its weights are stored in; None for a dense checkpoint.
+
+    Where groups differ among the matrices of a kind, the grid that holds most parameters stands for the kind.
+
+    Args:
+        config: with or without a `quantization_config`.
+        tensors: the dense tensors.
+        index: the stored tensors, which tell what is quantized; without it, the config's targets do.
+
+    Raises:
+        CheckpointError: another quantization method, format or strategy than packlight reads.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    grids = _groups(quantization)
+    ignore = quantization.get("ignore") or []
+    votes: dict[str, Counter[Grid]] = {"block": Counter(), "ends": Counter()}
+    for tensor in tensors:
+        module = tensor.name.removesuffix(".weight")
+        if not (_is_scaled(index, module) if index is not None else not _is_named(ignore, module)):
+            continue
+        grid = _grid_of(grids, module, tensor.kind)
+        if grid is not None:
+            votes["ends" if tensor.kind in ("embedding", "head") else "block"][grid] += tensor.numel
+    return Precision(_float_dtype(config), _most(votes["block"]), _most(votes["ends"]))
+
+
+def _dense_shape(index: Mapping[str, TensorEntry], base: str) -> tuple[int, ...]:
+    weight = index.get(f"{base}.weight")
+    if weight is not None:
+        return weight.shape
+    entry = index.get(f"{base}.weight_shape")
+    form = {"int64": "<2q", "int32": "<2i"}.get(entry.dtype) if entry is not None else None
+    if entry is None or form is None or entry.nbytes != struct.calcsize(form):
+        raise CheckpointError(f"{base} is stored packed without a weight_shape of two integers; compress it again")
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.offset)
+        rows, cols = struct.unpack(form, stream.read(entry.nbytes))
+    if rows < 1 or cols < 1:
+        raise CheckpointError(f"{base} has the weight_shape ({rows}, {cols}); two positive sizes are expected")
+    return rows, cols
+
+
+def _groups(quantization: Any) -> list[tuple[list[str], Grid]]:
+    """(targets, grid) of every group of a `quantization_config`."""
+    if not isinstance(quantization, Mapping):
+        raise CheckpointError("the config's quantization_config is not an object; give the model's own config.json")
+    method = quantization.get("quant_method")
+    if method != "compressed-tensors":
+        raise CheckpointError(
+            f"the checkpoint is quantized by {method!r}; packlight reads compressed-tensors with integer weights "
+            f"({', '.join(FORMATS)}): give that or the original"
+        )
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise CheckpointError("the config's quantization_config has no config_groups; give the model's own config.json")
+    return [_group(group, quantization.get("format")) for group in groups.values()]
+
+
+def _group(group: Any, default_format: Any) -> tuple[list[str], Grid]:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    targets = group.get("targets") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping) or not isinstance(targets, list):
+        raise CheckpointError("a group of the config's quantization_config lacks weights or targets")
+    layout = group.get("format") or default_format
+    if layout not in FORMATS or weights.get("type", "int") != "int":
+        raise CheckpointError(
+            f"the checkpoint's weights are stored as {layout!r} of type {weights.get('type')!r}; packlight reads "
+            f"integers in {', '.join(FORMATS)}: give that or the original"
+        )
+    if group.get("input_activations") is not None:
+        raise CheckpointError("the checkpoint quantizes activations too; packlight reads weight-only quantization")
+    return [str(target) for target in targets], _grid(weights)
+
+
+def _grid(weights: Mapping[str, Any]) -> Grid:
+    strategy, size, bits = weights.get("strategy"), weights.get("group_size"), weights.get("num_bits")
+    if strategy not in ("channel", "group") or not isinstance(bits, int):
+        raise CheckpointError(
+            f"the checkpoint's weights have the strategy {strategy!r} and {bits!r} bits; packlight reads 2 to 8 bits "
+            f"by channel or group"
+        )
+    if strategy == "group" and not isinstance(size, int):
+        raise CheckpointError(f"the config's quantization_config has the group size {size!r}; a number is expected")
+    return Grid(bits, size if strategy == "group" else None, bool(weights.get("symmetric", True)))
+
+
+def _grid_of(grids: list[tuple[list[str], Grid]], module: str, kind: str) -> Grid | None:
+    """A group that names the module goes before one that names its class, as in compressed-tensors."""
+    named = next((grid for targets, grid in grids if _is_named(targets, module)), None)
+    if named is not None:
+        return named
+    classes = [name for name, kinds in _CLASSES.items() if kind in kinds]
+    return next((grid for targets, grid in grids if set(classes) & set(targets)), None)
+
+
+def _is_named(targets: Iterable[str], module: str) -> bool:
+    for target in targets:
+        if target == module:
+            return True
+        if target.startswith("re:") and _matches(target[3:], module):
+            return True
+    return False
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise CheckpointError(f"the config's target {pattern!r} is not a regular expression: {error}") from error
+
+
+def _is_scaled(index: Mapping[str, TensorEntry], module: str) -> bool:
+    return f"{module}.weight_scale" in index
+
+
+def _most(votes: Counter[Grid]) -> Grid | None:
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _float_dtype(config: Mapping[str, Any]) -> str:
+    dtype = base_fields(config).dtype
+    if dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"the config's dtype is {dtype}; packlight computes in {', '.join(FLOAT_DTYPES)}")
+    return dtype

@@ -1,0 +1,65 @@
+"""The command line: one file per verb, imported when it is chosen, so that `--help` and `plan` stay lean."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from packlight.cli import demo, evaluate, fit, generate, plan, prove, quantize, report
+from packlight.cli.output import complain
+from packlight.errors import PacklightError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="packlight",
+    help="Fit a language model into the machine you have, and prove what it cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("plan")(plan.plan)
+app.command("fit")(fit.fit)
+app.command("quantize")(quantize.quantize)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("prove")(prove.prove)
+app.command("report")(report.report)
+app.command("demo")(demo.demo)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    """Fit a language model into the machine you have, and prove what it cost."""
+    if version:
+        from packlight import __version__
+
+        print(f"packlight {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 usage or bad input, 3 budget missed, 130 interrupted."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except PacklightError as error:
+        complain(str(error))
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        complain(error.format_message())
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        complain("interrupted: give the same command again to go on")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,69 @@
+"""Arguments and options that several verbs share, and turning a user's words into the nouns of `spec`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from packlight.errors import UsageError
+from packlight.spec import Budget, parse_size
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint directory, a hub id such as org/name, a .gguf file, a llama2.c .bin, or demo.",
+        metavar="MODEL",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path, typer.Option("--out", help="Directory of the artifact; it must not exist yet.", show_default=False)
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", help="What the model may add to the process: 160MB (10^6) or 1GiB.", metavar="SIZE"),
+]
+Context = Annotated[int, typer.Option("--context", help="Tokens per user, prompt and answer together.", min=1)]
+Window = Annotated[int, typer.Option("--context", help="Tokens per window of the text.", min=2)]
+Users = Annotated[int, typer.Option("--users", help="Sequences at the same time.", min=1)]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="Text to measure on: .txt or .jsonl, also .gz or .xz; default: the bundled text."),
+]
+Tokens = Annotated[int, typer.Option("--tokens", help="Tokens of the text to measure on, at most.", min=2)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Threads to compute with; default: the physical cores.", min=1)
+]
+
+
+def budget(
+    memory: str | None, context: int, users: int, min_tps: float | None = None, max_loss_pct: float | None = None
+) -> Budget:
+    """A budget from the command line. Raises UsageError for values that no budget can have."""
+    for name, value in (("--min-tps", min_tps), ("--max-loss", max_loss_pct)):
+        if value is not None and not value > 0:
+            raise UsageError(f"{name} must be positive, not {value}")
+    return Budget(None if memory is None else parse_size(memory), context, users, min_tps, max_loss_pct)
+
+
+def parse_group(text: str) -> int | None:
+    """A group size: a number of columns, or None for 'row'. Raises UsageError for anything else."""
+    if text == "row":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--group-size is a number of columns such as 32, or row, not {text!r}")
+    return int(text)
+
+
+def parse_max_loss(text: str | None) -> float | None:
+    """Percent from '5' or '5%'. Raises UsageError for anything else."""
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        raise UsageError(f"--max-loss is a percentage such as 5 or 5%, not {text!r}") from None

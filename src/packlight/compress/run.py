@@ -1,0 +1,133 @@
+"""Drive one step over one checkpoint, block by block, so that a kill costs one block.
+
+Every finished block is a safetensors file in the work directory, with its row of evidence in the file's metadata. The
+same call again takes finished blocks from there and goes on with the first one that is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from packlight.checkpoint.open import Checkpoint
+from packlight.checkpoint.packed import decode, stored_tensors
+from packlight.compress.step import Step
+from packlight.compress.walk import Block, WalkResult, walk
+from packlight.errors import CheckpointError, UsageError
+from packlight.evidence import Measurement
+from packlight.runtime.load import empty_model, put_
+
+
+def check(step: Step, checkpoint: Checkpoint) -> None:
+    """Refuse a step that does not suit a checkpoint, before any weight is read.
+
+    Raises:
+        UsageError: a trait that the step needs is absent, or a group divides no row.
+    """
+    traits = {"dense"} if checkpoint.spec.stored is None else set[str]()
+    if lacking := step.needs - traits:
+        raise UsageError(
+            f"{step.name} needs a checkpoint that is {', '.join(sorted(lacking))}, and {checkpoint.source} is already "
+            f"quantized ({checkpoint.spec.stored}): start from the original"
+        )
+    step.plan(checkpoint.spec)
+
+
+def run(
+    step: Step,
+    checkpoint: Checkpoint,
+    work: Path,
+    layout: str,
+    proof_ids: list[int],
+    windows: list[list[int]],
+    result: WalkResult,
+) -> Iterator[Measurement]:
+    """Compress `checkpoint` into `work`/NNNN.safetensors; yields one row per block that was not there yet.
+
+    `result` receives the proof logits when the iterator is exhausted.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    model = empty_model(checkpoint, step.precision.dtype)
+    _refuse_foreign_modules(step, checkpoint, model)
+    rows: dict[int, Measurement] = {}
+
+    def store(block: Block) -> None:
+        _store(block, work, layout, step.precision.dtype, rows[block.index])
+
+    def restore(block: Block) -> bool:
+        return _restore(block, work, step, model, rows)
+
+    current: Block | None = None
+
+    def tracked() -> Iterator[Block]:
+        nonlocal current
+        for block in walk(checkpoint, model, proof_ids, windows, store, restore, result):
+            current = block
+            yield block
+
+    # A row arrives before the walk goes on, so `store` finds it when the walk stores the block.
+    for row in step.apply_(tracked()):
+        assert current is not None
+        rows[current.index] = row
+        yield row
+
+
+def block_files(work: Path) -> list[Path]:
+    """Finished blocks, in the order of the walk."""
+    return sorted(work.glob("[0-9]*.safetensors"))
+
+
+def _store(block: Block, work: Path, layout: str, dtype: str, row: Measurement) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for name in block.tensors:
+        if name in block.packed:
+            tensors.update(stored_tensors(name.removesuffix(".weight"), block.packed[name], layout))
+            continue
+        tensor = block.tensor(name)
+        tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+    target = work / f"{block.index:04d}.safetensors"
+    half = target.with_suffix(".part")
+    kept = {key: value for key, value in dataclasses.asdict(row).items() if value not in (None, {})}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half, {"row": json.dumps(kept)})
+    half.replace(target)
+
+
+def _restore(block: Block, work: Path, step: Step, model: nn.Module, rows: dict[int, Measurement]) -> bool:
+    path = work / f"{block.index:04d}.safetensors"
+    if not path.exists():
+        return False
+    with safe_open(path, framework="pt") as stored:
+        rows[block.index] = Measurement(**json.loads(stored.metadata()["row"]))
+        names = set(stored.keys())
+        for name in block.tensors:
+            base = name.removesuffix(".weight")
+            if f"{base}.weight_scale" not in names:
+                put_(model, name, stored.get_tensor(name))
+                continue
+            grid = step.precision.grid_of(block.kinds[name])
+            assert grid is not None
+            parts: dict[str, Any] = {
+                part.rpartition(".")[2]: stored.get_tensor(part) for part in names if part.rpartition(".")[0] == base
+            }
+            put_(model, name, decode(parts, grid, base).dequantize())
+    return True
+
+
+def _refuse_foreign_modules(step: Step, checkpoint: Checkpoint, model: nn.Module) -> None:
+    for tensor in checkpoint.spec.tensors:
+        if step.precision.grid_of(tensor.kind) is None:
+            continue
+        owner = model.get_submodule(tensor.name.rpartition(".")[0])
+        if not isinstance(owner, nn.Linear | nn.Embedding):
+            raise CheckpointError(
+                f"{tensor.name} belongs to a {type(owner).__name__}, and the compressed-tensors layout holds only "
+                "linear and embedding matrices: this architecture cannot be quantized yet"
+            )

@@ -1,0 +1,80 @@
+"""What every compression step promises, and the nouns it speaks in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from packlight.checkpoint.open import Checkpoint
+from packlight.compress.walk import Block
+from packlight.evidence import Measurement
+from packlight.plan.memory import disk_bytes, job_plan
+from packlight.spec import ModelSpec, Precision
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a step says before any weight is read.
+
+    Args:
+        precision: how the result stores its weights.
+        disk_bytes: exact size of the artifact's weight files.
+        peak_bytes: what the compression job adds to the process at its peak.
+        minutes: how long the job takes.
+    """
+
+    precision: Precision
+    disk_bytes: int
+    peak_bytes: int
+    minutes: float
+
+
+class Step(Protocol):
+    """A compression method: frozen hyper-parameters and three verbs. Construction checks ranges and does no work.
+
+    `needs` and `breaks` are traits of a checkpoint, such as `dense` (weights are floating point): a step is refused
+    before any weight is read where a trait that it needs is absent, and later steps lose the traits it breaks.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    breaks: ClassVar[frozenset[str]]
+    needs_inputs: ClassVar[bool]
+    """Whether `apply_` reads `Block.inputs`; if not, no calibration text is pushed through the model."""
+
+    @property
+    def precision(self) -> Precision:
+        """How the result stores its weights."""
+        ...
+
+    def plan(self, spec: ModelSpec) -> Claim:
+        """The claim, from shapes alone. Raises UsageError where the step cannot be applied to this model."""
+        ...
+
+    def apply_(self, blocks: Iterable[Block]) -> Iterator[Measurement]:
+        """Change each block in place as it comes round, and yield one row of evidence per block.
+
+        A row is yielded after its block is finished: whoever drives the loop may store the block then.
+        """
+        ...
+
+    def measure(self, spec: ModelSpec, artifact: Checkpoint) -> Iterator[Measurement]:
+        """Check the claim on the result alone; `spec` is that of the original."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """The hyper-parameters as a recipe file holds them, `method` first."""
+        ...
+
+
+def claim(spec: ModelSpec, precision: Precision) -> Claim:
+    """What every block-by-block step claims: the exact bytes of its precision, and the walk's own peak and time."""
+    job = job_plan(spec, precision)
+    return Claim(precision, disk_bytes(spec, precision).total, job.peak_bytes, job.minutes)
+
+
+def check_claim(made: Claim, artifact: Checkpoint) -> Iterator[Measurement]:
+    """The bytes that were claimed beside those of the stored tensors."""
+    stored = sum(entry.nbytes for entry in artifact.index.values())
+    yield Measurement("tensor_bytes", stored, "bytes", "packed", predicted=made.disk_bytes)

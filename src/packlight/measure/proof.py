@@ -1,0 +1,151 @@
+"""Proof that a saved artifact is the model that was computed.
+
+`record` writes what the model said before it was saved: the most probable tokens after the last positions of a prompt,
+from the tensors that were in memory. `prove` loads the artifact in fresh processes, once with packlight's runtime and
+once with stock transformers, and compares. Nothing is called saved before that.
+
+The distance is the KL divergence restricted to the recorded tokens, sum p (log p - log q) in nats, as a mean over
+positions. Loading the same numbers gives differences of rounding only; a wrong nibble order, a lost zero point or a
+fallback to another precision gives far more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from packlight.checkpoint.open import Checkpoint, open_checkpoint
+from packlight.errors import MeasurementError, ProofError
+from packlight.evidence import Measurement
+from packlight.measure import child
+from packlight.runtime.generate import Sampling, generate
+from packlight.runtime.load import load_model
+from packlight.runtime.packed import PackedEmbedding, PackedLinear
+
+PROOF_NAME = "proof.json"
+POSITIONS = 16
+RECORDED = 32
+MAX_KL = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 5e-3}
+"""Largest mean distance that counts as the same model, by the compute dtype: rounding differs between kernels."""
+GREEDY_TOKENS = 16
+
+
+def record(path: Path, ids: list[int], logits: torch.Tensor) -> None:
+    """Write `proof.json` into an artifact.
+
+    Args:
+        ids: the prompt.
+        logits: (tokens, vocab) float32, computed from the tensors that were written.
+    """
+    log_probs = torch.log_softmax(logits[-POSITIONS:], dim=-1)
+    top = log_probs.topk(min(RECORDED, log_probs.shape[-1]), dim=-1)
+    proof = {
+        "ids": ids,
+        "top_ids": top.indices.tolist(),
+        "top_log_probs": [[round(value, 5) for value in row] for row in top.values.tolist()],
+    }
+    (path / PROOF_NAME).write_text(json.dumps(proof) + "\n", encoding="utf-8")
+
+
+def prove(path: Path, is_portable: bool = True) -> Iterator[Measurement]:
+    """Load the artifact back in fresh processes and compare; yields one row per check that held.
+
+    Args:
+        path: the artifact.
+        is_portable: whether stock transformers is expected to load it.
+
+    Raises:
+        ProofError: no proof is recorded, a loading failed, or an answer differs by more than rounding.
+    """
+    proof = read_proof(path)
+    checkpoint = open_checkpoint(str(path))
+    limit = MAX_KL[checkpoint.spec.dtype]
+    asked = {
+        "path": str(path),
+        "ids": proof["ids"],
+        "top_ids": proof["top_ids"],
+        "max_tokens": GREEDY_TOKENS,
+    }
+    ours = _ask(["-m", "packlight.measure.proof"], asked, "packlight's runtime")
+    yield _compare("proof_runtime_kl", proof, ours, limit, "packlight's runtime")
+    yield Measurement("packed_modules", ours["packed_modules"], "1", "packed", note=f"kernels: {ours['kernels']}")
+    if not is_portable:
+        yield Measurement(
+            "proof_transformers_kl", None, "nats", "packed", note="stock transformers cannot load this mix of grids"
+        )
+        return
+    stock = _ask(["-P", child.script("stock_load.py")], asked, "stock transformers")
+    if stock["imported"]:
+        raise ProofError("the process that was to use stock transformers alone imported packlight")
+    yield _compare("proof_transformers_kl", proof, stock, limit, "stock transformers")
+    same = sum(a == b for a, b in zip(ours["tokens"], stock["tokens"], strict=True))
+    yield Measurement(
+        "greedy_agreement",
+        same / len(stock["tokens"]),
+        "1",
+        "packed",
+        n=len(stock["tokens"]),
+        note="greedy tokens of stock transformers and of packlight's runtime; they part at near ties",
+    )
+
+
+def read_proof(path: Path) -> dict[str, Any]:
+    """The recorded proof. Raises ProofError where there is none."""
+    file = path / PROOF_NAME
+    if not file.is_file():
+        raise ProofError(f"{path} holds no {PROOF_NAME}: only artifacts that packlight saved can be proved")
+    proof: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return proof
+
+
+def distance(proof: dict[str, Any], log_probs: list[list[float]]) -> float:
+    """Mean over positions of sum p (log p - log q) over the recorded tokens, in nats.
+
+    Args:
+        log_probs: of the recorded tokens at each position, as a loaded model gives them.
+    """
+    p = torch.tensor(proof["top_log_probs"], dtype=torch.float64)  # (positions, recorded)
+    q = torch.tensor(log_probs, dtype=torch.float64)
+    # Over a part of the vocabulary the sum alone can be negative; with q - p it is a divergence again.
+    return float((p.exp() * (p - q) - p.exp() + q.exp()).sum(dim=-1).mean())
+
+
+def _ask(arguments: list[str], asked: dict[str, Any], loader: str) -> dict[str, Any]:
+    try:
+        return child.ask(arguments, asked)
+    except MeasurementError as error:
+        raise ProofError(f"{loader} does not load {asked['path']}: {error}") from error
+
+
+def _compare(name: str, proof: dict[str, Any], answer: dict[str, Any], limit: float, loader: str) -> Measurement:
+    found = distance(proof, answer["log_probs"])
+    if not found <= limit:  # also true for NaN
+        raise ProofError(
+            f"the artifact as {loader} loads it is not the model that was computed: "
+            f"they differ by {found:.2g} nats, and rounding explains at most {limit:g}"
+        )
+    return Measurement(name, found, "nats", "packed", n=len(answer["log_probs"]), note=f"limit {limit:g}")
+
+
+def _answer(path: str, ids: list[int], top_ids: list[list[int]], max_tokens: int) -> dict[str, Any]:
+    checkpoint: Checkpoint = open_checkpoint(path)
+    model = load_model(checkpoint)
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -len(top_ids) :].float()
+    tokens = list(generate(model, ids, Sampling(max_tokens=max_tokens)))
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+    kernels = sorted({module.kernel for module in packed if isinstance(module, PackedLinear)})
+    return {
+        "log_probs": torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(top_ids)).tolist(),
+        "tokens": tokens,
+        "packed_modules": len(packed),
+        "kernels": ", ".join(kernels),
+    }
+
+
+if __name__ == "__main__":
+    child.answer(_answer(**child.request()))

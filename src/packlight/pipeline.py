@@ -1,0 +1,436 @@
+"""The way: open -> plan -> measure -> compress -> measure -> save -> prove. Read this first.
+
+This is the only file that knows the order of the rooms. `fit` goes the whole way from a budget; `quantize` goes it
+with a method that the user chose; `evaluate` and `prove` are single stations of it. Every station appends its rows to
+the ledger of the job as they arrive, and a job that was cut short passes over the stations whose rows are there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+
+from packlight import evidence
+from packlight.checkpoint import save
+from packlight.checkpoint.open import Checkpoint, open_checkpoint
+from packlight.checkpoint.tensors import check_architecture
+from packlight.compress import run as compress
+from packlight.compress.registry import build
+from packlight.compress.step import Step
+from packlight.compress.walk import WalkResult
+from packlight.errors import BudgetError, ProofError
+from packlight.evidence import LEDGER_NAME, Ledger, Measurement
+from packlight.measure import proof
+from packlight.measure.bandwidth import hardware as find_hardware
+from packlight.measure.footprint import footprint
+from packlight.measure.hardware import KERNELS, calibrate
+from packlight.measure.quality import Reference, evaluate_reference
+from packlight.measure.quality import evaluate as compare
+from packlight.measure.size import disk_size, size_rows
+from packlight.measure.text import load_text, windows
+from packlight.plan.layout import Layout, artifact_bytes, tensor_layout
+from packlight.plan.memory import disk_bytes, runtime_bytes
+from packlight.plan.recipes import Candidate, candidates, loads_in_transformers, rank, smallest
+from packlight.plan.speed import decode_speed, prefill_speed
+from packlight.report.card import model_card
+from packlight.runtime.load import load_model, load_tokenizer
+from packlight.spec import Budget, Hardware, ModelSpec, Precision, format_size
+
+PROOF_TOKENS = 64
+SPARE_BYTES = 10_000_000
+"""Kept free beside the weights: tokenizer, ledger, card."""
+ORIGINAL, PACKED = "original", "packed"
+
+Tick = Callable[[], None]
+
+
+class Watcher(Protocol):
+    """Whoever shows progress. `stage` announces work of `total` steps and returns what to call after each."""
+
+    def stage(self, label: str, total: int) -> Tick: ...
+
+    def say(self, line: str) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def stage(self, label: str, total: int) -> Tick:
+        return lambda: None
+
+    def say(self, line: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What quality is measured on: the same for every subject of one comparison.
+
+    Args:
+        data: text file; None for the bundled text.
+        window: tokens per window.
+        tokens: tokens in all, at most.
+    """
+
+    data: Path | None = None
+    window: int = 512
+    tokens: int = 8192
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished artifact: where it is, what its ledger says, and whether it keeps what was promised."""
+
+    path: Path
+    rows: list[Measurement]
+    missed: tuple[str, ...] = ()
+
+    @property
+    def is_promise_kept(self) -> bool:
+        return not self.missed
+
+    @property
+    def text(self) -> str | None:
+        """The text that quality was measured on, and its windows."""
+        return next((row.note for row in self.rows if row.name == "perplexity"), None)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Rows of `evaluate`, one list for each model, and the text they were measured on."""
+
+    text: str
+    num_tokens: int
+    context: int
+    rows: list[list[Measurement]]
+
+
+def fit(
+    model: str,
+    out: Path,
+    budget: Budget,
+    yardstick: Yardstick,
+    watcher: Watcher,
+    threads: int | None = None,
+) -> Made:
+    """Find the best recipe for a budget from headers alone, apply it, measure the result and say whether it fits.
+
+    Args:
+        model: anything `open_checkpoint` takes, not yet quantized.
+        out: the artifact's directory; one made earlier by the same request is returned as it is.
+
+    Raises:
+        BudgetError: no recipe meets the budget; nothing is written.
+        UsageError: bad input, or a target that cannot be written.
+    """
+    checkpoint = _open(model)
+    asked = asdict(budget)
+    cut, note = _windows(checkpoint, yardstick)
+    request = _request(checkpoint) | {"asked": asked, "text": note}
+    if save.made_earlier(out, request):
+        watcher.say(f"{out} was made by the same request: nothing to do")
+        return _judged(out, evidence.read(out / LEDGER_NAME), budget)
+    machine = probe(watcher, threads)
+    chosen = choose(checkpoint.spec, budget, machine)
+    watcher.say(f"chose {chosen.precision}: {_promise(chosen)}")
+    step = build(step_options(chosen.precision))
+
+    def measure(packed: Checkpoint, ledger: Ledger) -> None:
+        _measure_pair(checkpoint, packed, budget, machine, ledger, watcher)
+        _quality_pair(checkpoint, packed, cut, note, ledger, watcher)
+
+    return _judged(out, _make(checkpoint, step, out, request, "pack-quantized", measure, watcher), budget)
+
+
+def quantize(model: str, out: Path, step: Step, watcher: Watcher, layout: Layout = "pack-quantized") -> Made:
+    """Apply one step and prove the result: bytes, errors per block, the job's own cost; `evaluate` measures quality.
+
+    Raises:
+        UsageError: bad input, a step that does not suit the model, or a target that cannot be written.
+        ProofError: the artifact does not load back as what was computed.
+    """
+    checkpoint = _open(model)
+    compress.check(step, checkpoint)
+    request = _request(checkpoint) | {"layout": layout, "steps": [step.to_dict()]}
+    if save.made_earlier(out, request):
+        watcher.say(f"{out} was made by the same request: nothing to do")
+        return Made(out, evidence.read(out / LEDGER_NAME))
+    rows = _make(checkpoint, step, out, request, layout, lambda packed, ledger: None, watcher)
+    return Made(out, rows)
+
+
+def evaluate(models: Sequence[str], yardstick: Yardstick, watcher: Watcher, threads: int | None = None) -> Compared:
+    """Measure any number of checkpoints on the same tokens; the first is the reference for KL and top-1.
+
+    Memory and speed are those of one user with a cache of one window.
+
+    Raises:
+        UsageError: bad input, or models whose vocabularies differ.
+    """
+    opened = [_open(model) for model in models]
+    cut, note = _windows(opened[0], yardstick)
+    watcher.say(f"text: {note}")
+    rows: list[list[Measurement]] = []
+    reference: Reference | None = None
+    for model, checkpoint in zip(models, opened, strict=True):
+        tick = watcher.stage(f"speed and memory of {model}", 1)
+        measured = footprint(checkpoint.path, len(cut[0]), threads=threads).rows(model)
+        tick()
+        quality, reference = _quality(checkpoint, model, cut, note, reference, watcher)
+        made = [*size_rows(checkpoint, model), *measured, *quality]
+        rows.append(evidence.stamped(made, torch.get_num_threads()))
+    return Compared(note, len(cut) * len(cut[0]), len(cut[0]), rows)
+
+
+def prove(path: Path) -> list[Measurement]:
+    """Load an artifact back in fresh processes and compare it with what was recorded when it was saved.
+
+    Raises:
+        ProofError: it is not the model that was computed.
+    """
+    checkpoint = _open(str(path))
+    precision = checkpoint.spec.stored or Precision(checkpoint.spec.dtype)
+    claimed = [row for row in evidence.read(path / LEDGER_NAME) if row.name == "disk_bytes" and row.subject == PACKED]
+    size = disk_size(checkpoint)
+    if claimed and claimed[-1].value != size:
+        raise ProofError(f"the weights of {path} are {size} bytes and were saved as {claimed[-1].value}")
+    rows = [Measurement("disk_bytes", size, "bytes", PACKED)]
+    rows += proof.prove(path, loads_in_transformers(precision, checkpoint.spec))
+    return evidence.stamped(rows, torch.get_num_threads())
+
+
+def probe(watcher: Watcher, threads: int | None = None) -> Hardware:
+    """This machine, with the rates of every kernel."""
+    tick = watcher.stage("probing this machine", len(KERNELS) + 1)
+    machine = find_hardware(threads)
+    tick()
+    return calibrate(machine, KERNELS, tick)
+
+
+def choose(spec: ModelSpec, budget: Budget, machine: Hardware) -> Candidate:
+    """The recipe that promises the least loss within the budget.
+
+    Raises:
+        BudgetError: none does; the message names the one that needs least.
+    """
+    judged = rank(spec, budget, machine, candidates(spec))
+    if judged and judged[0].is_feasible:
+        return judged[0]
+    least = smallest(judged)
+    raise BudgetError(
+        f"no recipe fits: the smallest, {least.precision}, needs {format_size(least.memory.total)} at a context of "
+        f"{budget.context} for {budget.users} user{'s' * (budget.users > 1)} and it {'; '.join(least.reasons)}"
+    )
+
+
+def step_options(precision: Precision) -> dict[str, Any]:
+    """The recipe entry that gives a precision."""
+    if precision.linear is None:
+        return {"method": "cast", "dtype": precision.dtype}
+    return {
+        "method": "rtn",
+        "bits": precision.linear.bits,
+        "group_size": precision.linear.group_size,
+        "symmetric": precision.linear.symmetric,
+        "embeddings": None if precision.embedding is None else precision.embedding.bits,
+        "dtype": precision.dtype,
+    }
+
+
+def _make(
+    checkpoint: Checkpoint,
+    step: Step,
+    out: Path,
+    request: dict[str, Any],
+    layout: Layout,
+    measure: Callable[[Checkpoint, Ledger], None],
+    watcher: Watcher,
+) -> list[Measurement]:
+    """Compress, write, measure, prove and publish; returns the ledger's rows."""
+    spec, precision = checkpoint.spec, step.precision
+    recipe = {**request, "steps": [step.to_dict()]}
+    needed = 2 * disk_bytes(spec, precision, layout).total + SPARE_BYTES
+    with save.job(out, recipe, needed) as work:
+        ledger = Ledger(work.partial / LEDGER_NAME, torch.get_num_threads())
+        _compress(checkpoint, step, work, recipe, layout, ledger, watcher)
+        packed = open_checkpoint(work.artifact)
+        if not ledger.has("disk_bytes", PACKED):
+            ledger.add(size_rows(checkpoint, ORIGINAL))
+            ledger.add(step.measure(spec, packed))
+            ledger.add(size_rows(packed, PACKED, artifact_bytes(spec, precision, layout)))
+        measure(packed, ledger)
+        if not ledger.has("proof_runtime_kl", PACKED):
+            tick = watcher.stage("proving the artifact in fresh processes", 1)
+            ledger.add(proof.prove(work.artifact, loads_in_transformers(precision, spec)))
+            tick()
+        card = model_card(_short_name(checkpoint.source), ledger.rows, save.recipe_text(recipe))
+        (work.artifact / "README.md").write_text(card, encoding="utf-8")
+        shutil.copyfile(ledger.path, work.artifact / LEDGER_NAME)
+        save.publish(work)
+    return ledger.rows
+
+
+def _compress(
+    checkpoint: Checkpoint,
+    step: Step,
+    work: save.Job,
+    recipe: Mapping[str, Any],
+    layout: Layout,
+    ledger: Ledger,
+    watcher: Watcher,
+) -> None:
+    """All blocks, then the artifact's files without ledger and card. Finished blocks are not done again."""
+    if (work.artifact / proof.PROOF_NAME).exists():
+        return
+    ids = _proof_ids(checkpoint)
+    result = WalkResult()
+    blocks = checkpoint.spec.num_layers + 2
+    tick = watcher.stage(f"compressing block by block ({step.name})", blocks)
+    for _ in compress.block_files(work.blocks):
+        tick()
+    for row in compress.run(step, checkpoint, work.blocks, layout, ids, [], result):
+        ledger.add([row])
+        tick()
+    stored = tensor_layout(checkpoint.spec, step.precision, layout)
+    config = save.artifact_config(checkpoint.config, checkpoint.spec, step.precision, layout)
+    save.write_artifact(work, checkpoint, stored, _block_reader(work.blocks), config, recipe)
+    assert result.proof_logits is not None
+    proof.record(work.artifact, ids, result.proof_logits)
+
+
+def _block_reader(blocks: Path) -> Callable[[str], Any]:
+    """Bytes of a tensor from whichever block file holds it."""
+    where: dict[str, Path] = {}
+    for path in compress.block_files(blocks):
+        with safe_open(path, framework="pt") as stored:
+            where.update(dict.fromkeys(stored.keys(), path))
+
+    def read(name: str) -> Any:
+        with safe_open(where[name], framework="pt") as stored:
+            tensor = stored.get_tensor(name)
+        return tensor.reshape(-1).contiguous().view(torch.uint8).numpy()
+
+    return read
+
+
+def _measure_pair(
+    original: Checkpoint, packed: Checkpoint, budget: Budget, machine: Hardware, ledger: Ledger, watcher: Watcher
+) -> None:
+    """Peak memory and speed of both, each in a child process, beside what the plan had said."""
+    for subject, checkpoint in ((ORIGINAL, original), (PACKED, packed)):
+        if ledger.has("peak_bytes", subject):
+            continue
+        tick = watcher.stage(f"speed and memory of the {subject}", 1)
+        measured = footprint(checkpoint.path, budget.context, budget.users, threads=machine.threads)
+        precision = checkpoint.spec.stored or Precision(checkpoint.spec.dtype)
+        claims = predictions(checkpoint.spec, precision, budget, machine)
+        ledger.add(replace(row, predicted=claims.get(row.name)) for row in measured.rows(subject))
+        tick()
+
+
+def predictions(spec: ModelSpec, precision: Precision, budget: Budget, machine: Hardware) -> dict[str, float]:
+    """What the plan claims for a footprint, by the name of its row."""
+    claims: dict[str, float] = {"peak_bytes": runtime_bytes(spec, precision, budget).total}
+    decode = decode_speed(spec, precision, machine, budget.context, budget.users)
+    prefill = prefill_speed(spec, precision, machine, budget.context)
+    for name, speed in (("decode_tps", decode), ("prefill_tps", prefill)):
+        if speed.tokens_per_s is not None:
+            claims[name] = speed.tokens_per_s
+    return claims
+
+
+def _quality_pair(
+    original: Checkpoint,
+    packed: Checkpoint,
+    cut: list[list[int]],
+    note: str,
+    ledger: Ledger,
+    watcher: Watcher,
+) -> None:
+    if ledger.has("kl", PACKED):
+        return
+    rows, reference = _quality(original, ORIGINAL, cut, note, None, watcher)
+    ledger.add(rows)
+    rows, _ = _quality(packed, PACKED, cut, note, reference, watcher)
+    ledger.add(rows)
+
+
+def _quality(
+    checkpoint: Checkpoint,
+    subject: str,
+    cut: list[list[int]],
+    note: str,
+    reference: Reference | None,
+    watcher: Watcher,
+) -> tuple[list[Measurement], Reference]:
+    tick = watcher.stage(f"quality of {subject}", len(cut))
+    model = load_model(checkpoint)
+    if reference is None:
+        quality, reference = evaluate_reference(model, cut, tick)
+    else:
+        quality = compare(model, cut, reference, tick)
+    return list(quality.rows(subject, note)), reference
+
+
+def _judged(path: Path, rows: list[Measurement], budget: Budget) -> Made:
+    """Hold the measured result against what was asked."""
+    found = {row.name: row.value for row in rows if row.subject == PACKED and isinstance(row.value, int | float)}
+    before = {row.name: row.value for row in rows if row.subject == ORIGINAL and isinstance(row.value, int | float)}
+    missed = []
+    if budget.memory_bytes is not None and found["peak_bytes"] > budget.memory_bytes:
+        missed.append(
+            f"it needs {format_size(found['peak_bytes'])} and {format_size(budget.memory_bytes)} were allowed"
+        )
+    if budget.min_tps is not None and found["decode_tps"] < budget.min_tps:
+        missed.append(f"it decodes {found['decode_tps']:.3g} tokens/s and {budget.min_tps:g} were asked for")
+    loss = 100 * (found["perplexity"] / before["perplexity"] - 1)
+    if budget.max_loss_pct is not None and loss > budget.max_loss_pct:
+        missed.append(f"its perplexity is {loss:.3g} % higher and {budget.max_loss_pct:g} % were allowed")
+    return Made(path, rows, tuple(missed))
+
+
+def _open(model: str) -> Checkpoint:
+    checkpoint = open_checkpoint(model)
+    check_architecture(checkpoint.config)
+    return checkpoint
+
+
+def _request(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a recipe says about where it starts from."""
+    source = {"name": _short_name(checkpoint.source), "sha256": save.content_hash(checkpoint)}
+    return {"packlight": version("packlight"), "source": source}
+
+
+def _windows(checkpoint: Checkpoint, yardstick: Yardstick) -> tuple[list[list[int]], str]:
+    """The windows that quality is measured on, and the line that describes them."""
+    text = load_text(yardstick.data)
+    window = min(yardstick.window, checkpoint.spec.max_context)
+    ids = load_tokenizer(checkpoint)(text.content, add_special_tokens=False)["input_ids"]
+    cut = windows(ids, window, yardstick.tokens)
+    tokens = len(cut) * window
+    return cut, f"{text.name} (sha256 {text.sha256[:12]}), {tokens} tokens in {len(cut)} windows of {window}"
+
+
+def _proof_ids(checkpoint: Checkpoint) -> list[int]:
+    """The start of the bundled text as the model's own tokens."""
+    opening = load_text().content[: 16 * PROOF_TOKENS]
+    ids = load_tokenizer(checkpoint)(opening, add_special_tokens=False)["input_ids"]
+    return list(ids[: min(PROOF_TOKENS, checkpoint.spec.max_context)])
+
+
+def _short_name(source: str) -> str:
+    """A name for cards and recipes that does not depend on where a directory lies."""
+    is_path = source.startswith((".", "/", "~")) or Path(source).exists()
+    return Path(source).resolve().name if is_path else source
+
+
+def _promise(chosen: Candidate) -> str:
+    speed = "" if chosen.decode.tokens_per_s is None else f", {chosen.decode.tokens_per_s:.3g} tokens/s"
+    return f"{format_size(chosen.memory.total)} of memory{speed}, {format_size(chosen.disk_bytes)} on disk"

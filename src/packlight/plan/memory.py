@@ -1,0 +1,206 @@
+"""Bytes of weights, KV cache, activations and of the compression job itself, from shapes alone.
+
+Weights are exact. The KV cache is exact for a cache that keeps the whole context. Activations and overhead are a
+model, written out below term by term.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from packlight.plan.kernels import resident_tensor_bytes
+from packlight.plan.layout import DEFAULT_LAYOUT, Layout, Role, stored_parts, tensor_layout, total_bytes
+from packlight.spec import DTYPE_BYTES, Budget, ModelSpec, Precision, TensorSpec
+
+PREFILL_CHUNK = 512
+"""Tokens per user that the runtime prefills at once."""
+OVERHEAD_SHARE = 0.02
+OVERHEAD_BYTES = 4_000_000
+LOGITS_BYTES = 4
+"""Logits are float32."""
+
+
+@dataclass(frozen=True)
+class DiskBytes:
+    """Exact bytes of tensor data by what they hold. The header is not in here; see `layout.artifact_bytes`."""
+
+    codes: int
+    scales: int
+    zero_points: int
+    shapes: int
+    left_alone: int
+
+    @property
+    def total(self) -> int:
+        return self.codes + self.scales + self.zero_points + self.shapes + self.left_alone
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes alive at the three places of a forward pass where most is alive; `total` is the worst of them."""
+
+    attention: int
+    mlp: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return max(self.attention, self.mlp, self.logits)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a model adds to a process while it serves a budget, in bytes."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations + self.overhead
+
+
+@dataclass(frozen=True)
+class JobRates:
+    """What the compression job gets done per second. Defaults are for two laptop cores."""
+
+    read_bytes_per_s: float = 500e6
+    quantize_weights_per_s: float = 40e6
+    write_bytes_per_s: float = 250e6
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """The cost of round-to-nearest quantization, block by block, above the base of interpreter and torch."""
+
+    peak_bytes: int
+    minutes: float
+
+
+def disk_bytes(spec: ModelSpec, precision: Precision, layout: Layout = DEFAULT_LAYOUT) -> DiskBytes:
+    """Exact bytes of tensor data in the file. A tied embedding is stored once."""
+    sums: dict[Role, int] = {"codes": 0, "scales": 0, "zero_points": 0, "shapes": 0, "left_alone": 0}
+    for part in tensor_layout(spec, precision, layout):
+        sums[part.role] += part.nbytes
+    return DiskBytes(**sums)
+
+
+def bits_per_weight(spec: ModelSpec, precision: Precision, layout: Layout = DEFAULT_LAYOUT) -> float:
+    """Bits on disk per parameter, scales and everything left alone included."""
+    return 8 * disk_bytes(spec, precision, layout).total / spec.num_params
+
+
+def resident_bytes(spec: ModelSpec, precision: Precision) -> int:
+    """Bytes of weights that packlight's CPU runtime holds, in the layout of each tensor's kernel."""
+    return sum(resident_tensor_bytes(tensor, precision, spec.is_tied) for tensor in spec.tensors)
+
+
+def kv_elements_per_token(spec: ModelSpec) -> int:
+    """Cached elements per token over all layers.
+
+    MHA 2 n_h d_h l, GQA 2 n_g d_h l, MLA (d_c + d_R) l (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+    """
+    return spec.num_layers * _kv_elements_per_layer(spec)
+
+
+def kv_cache_bytes(
+    spec: ModelSpec, context: int, users: int = 1, dtype: str = "bfloat16", is_windowed: bool = False
+) -> int:
+    """Bytes of keys and values for `users` sequences of `context` tokens.
+
+    Layers with a sliding window are counted for the whole context, an upper bound that holds for any cache;
+    `is_windowed` counts them for their window only, as a cache that evicts does.
+    """
+    positions = spec.num_layers * context
+    if is_windowed and spec.sliding_window is not None:
+        positions -= spec.num_sliding_layers * max(0, context - spec.sliding_window)
+    return users * positions * _kv_elements_per_layer(spec) * DTYPE_BYTES[dtype]
+
+
+def activation_bytes(spec: ModelSpec, tokens: int, dtype: str = "bfloat16", users: int = 1) -> Activations:
+    """Bytes of activations of one forward pass over `tokens` tokens, of which the last of each user gets logits.
+
+    Alive at once, per token: the residual stream and its normed copy, then either queries, keys, values and the
+    attention output, or gate, up and their product. Attention is tiled, so nothing grows with context squared.
+    """
+    queries = spec.num_heads * spec.head_dim
+    keys_and_values = 2 * _expanded_kv_heads(spec) * spec.head_dim
+    residual_and_norm = 2 * spec.hidden_size
+    size = DTYPE_BYTES[dtype]
+    return Activations(
+        attention=tokens * size * (residual_and_norm + queries + keys_and_values + queries),
+        mlp=tokens * size * (residual_and_norm + 3 * spec.intermediate_size),
+        logits=tokens * size * residual_and_norm + logits_bytes(spec, users),
+    )
+
+
+def logits_bytes(spec: ModelSpec, tokens: int) -> int:
+    """Float32 logits of `tokens` positions: what evaluation holds for a whole window."""
+    return tokens * spec.vocab_size * LOGITS_BYTES
+
+
+def runtime_bytes(spec: ModelSpec, precision: Precision, budget: Budget) -> MemoryPlan:
+    """Everything that serving the budget's context and users adds to the process.
+
+    Overhead is what the allocator rounds up and the kernels' scratch: 2 % of the weights and 4 MB.
+    """
+    weights = resident_bytes(spec, precision)
+    tokens = min(PREFILL_CHUNK, budget.context) * budget.users
+    return MemoryPlan(
+        weights=weights,
+        kv_cache=kv_cache_bytes(spec, budget.context, budget.users, precision.dtype),
+        activations=activation_bytes(spec, tokens, precision.dtype, budget.users).total,
+        overhead=int(weights * OVERHEAD_SHARE) + OVERHEAD_BYTES,
+    )
+
+
+def job_plan(spec: ModelSpec, precision: Precision, rates: JobRates | None = None) -> JobPlan:
+    """Peak memory and minutes of quantizing block by block.
+
+    The peak is in the worst block (the embedding and the head are blocks of their own): its weights as they are
+    stored, three float32 copies of its largest matrix (values, scaled values, error), and its packed result.
+    """
+    rates = rates or JobRates()
+    read = sum(tensor.nbytes for tensor in spec.tensors)
+    changed = sum(tensor.numel for tensor in spec.tensors if precision.grid_of(tensor.kind) is not None)
+    seconds = (
+        read / rates.read_bytes_per_s
+        + changed / rates.quantize_weights_per_s
+        + disk_bytes(spec, precision).total / rates.write_bytes_per_s
+    )
+    peak = max((_block_peak(block, precision) for block in _blocks(spec.tensors)), default=0)
+    return JobPlan(peak, seconds / 60)
+
+
+_BLOCK = re.compile(r"(?:.*?\.)?\d+\.")
+
+
+def _blocks(tensors: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
+    """Tensors by block: `model.layers.0.` together, everything outside the blocks one by one."""
+    blocks: dict[str, list[TensorSpec]] = {}
+    for tensor in tensors:
+        match = _BLOCK.match(tensor.name)
+        blocks.setdefault(match.group() if match else tensor.name, []).append(tensor)
+    return list(blocks.values())
+
+
+def _block_peak(block: list[TensorSpec], precision: Precision) -> int:
+    quantized = [tensor.numel for tensor in block if precision.grid_of(tensor.kind) is not None]
+    largest = max(quantized, default=0)
+    packed = sum(total_bytes(stored_parts(tensor, precision)) for tensor in block)
+    return sum(tensor.nbytes for tensor in block) + 3 * 4 * largest + packed
+
+
+def _kv_elements_per_layer(spec: ModelSpec) -> int:
+    if spec.kv_lora_rank is not None:
+        return spec.kv_lora_rank + (spec.qk_rope_head_dim or 0)
+    return 2 * spec.num_kv_heads * spec.head_dim
+
+
+def _expanded_kv_heads(spec: ModelSpec) -> int:
+    """Heads of keys and values while a block runs: latent attention expands its latents to all heads."""
+    return spec.num_heads if spec.kv_lora_rank is not None else spec.num_kv_heads

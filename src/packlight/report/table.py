@@ -1,0 +1,142 @@
+"""A ledger as one table: a column per subject, a row per quantity, the prediction beside the measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from packlight.evidence import Measurement
+from packlight.spec import format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MISSING = "–"
+FAILED = "failed"
+Number = float | int
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The cells of a table as text; `rows` holds one label and its cells, in the order of `subjects`."""
+
+    subjects: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def side_by_side(rows: Sequence[Measurement], names: Sequence[str] | None = None) -> SideBySide:
+    """Lay a ledger out by quantity and subject.
+
+    Subjects come in the order in which the ledger first names them; of several rows for one cell the last counts,
+    so that a repeated measurement replaces the earlier one. A row that failed shows as `failed`.
+
+    Args:
+        rows: a ledger; rows of other names, such as the errors of single tensors, are passed over.
+        names: which quantities to show, as the ledger names them; all by default.
+    """
+    shown = [name for name in QUANTITIES if names is None or name in names]
+    found = {(row.name, row.subject): row for row in rows if row.name in shown}
+    subjects = tuple(dict.fromkeys(row.subject for row in rows if row.name in shown))
+    cells = [
+        (QUANTITIES[name].label, tuple(_cell(name, found.get((name, subject))) for subject in subjects))
+        for name in shown
+    ]
+    return SideBySide(subjects, tuple(cells))
+
+
+def rich_table(rows: Sequence[Measurement], title: str | None = None) -> Table:
+    """The table for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = side_by_side(rows)
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for subject in grid.subjects:
+        table.add_column(Text(subject), justify="right")
+    for label, cells in grid.rows:
+        table.add_row(label, *map(Text, cells))
+    return table
+
+
+def markdown_table(rows: Sequence[Measurement], names: Sequence[str] | None = None) -> str:
+    """The same table in Markdown, ending with a newline."""
+    grid = side_by_side(rows, names)
+    lines = [
+        _markdown_line("", grid.subjects),
+        "|---|" + "---:|" * len(grid.subjects),
+        *(_markdown_line(label, cells) for label, cells in grid.rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: Number) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _spread(row: Measurement) -> str:
+    return "" if row.spread is None else f" ± {row.spread:.2g}"
+
+
+def _as_size(row: Measurement, value: Number) -> str:
+    if row.predicted is None:
+        return format_size(value)
+    return f"{format_size(value)} ({format_size(row.predicted)}{_difference(value, row.predicted)})"
+
+
+def _difference(value: Number, predicted: Number) -> str:
+    return f", {100 * (value - predicted) / predicted:+.1f} %" if predicted else ""
+
+
+def _as_bytes(_: Measurement, value: Number) -> str:
+    return format_size(value)
+
+
+def _as_number(row: Measurement, value: Number) -> str:
+    return _number(value) + _spread(row)
+
+
+def _as_share(_: Measurement, value: Number) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _as_rate(row: Measurement, value: Number) -> str:
+    predicted = "" if row.predicted is None else f" ({_number(row.predicted)})"
+    return _number(value) + _spread(row) + predicted
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """How a row of the ledger is called in a table, and how its value is written."""
+
+    label: str
+    write: Callable[[Measurement, Number], str]
+
+
+QUANTITIES = {
+    "disk_bytes": Quantity("bytes on disk", _as_bytes),
+    "bits_per_weight": Quantity("bits per weight", _as_number),
+    "peak_bytes": Quantity("peak memory (predicted, difference)", _as_size),
+    "base_bytes": Quantity("interpreter and torch, apart", _as_bytes),
+    "perplexity": Quantity("perplexity ± standard error", _as_number),
+    "kl": Quantity("KL to the original, nats", _as_number),
+    "top1": Quantity("top-1 agreement", _as_share),
+    "prefill_tps": Quantity("prefill, tokens/s (predicted)", _as_rate),
+    "decode_tps": Quantity("decode, tokens/s (predicted)", _as_rate),
+}
+"""What a table shows, in this order, by the name of the ledger's row."""
+
+
+def _cell(name: str, row: Measurement | None) -> str:
+    if row is None:
+        return MISSING
+    if row.value is None:
+        return FAILED
+    if isinstance(row.value, str | bool):
+        return str(row.value)
+    return QUANTITIES[name].write(row, row.value)
+
+
+def _markdown_line(label: str, cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in (label, *cells)) + " |"

@@ -1,0 +1,191 @@
+"""A checkpoint directory -> a model of transformers' own class, its packed weights left packed.
+
+Tensors are read one at a time into their own memory (not mapped), converted to the layout they run in, and put in
+place; the peak is the finished model plus one tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from packlight.checkpoint.open import Checkpoint
+from packlight.checkpoint.packed import packed_names, read_quantized
+from packlight.checkpoint.tensors import read_tensor
+from packlight.errors import CheckpointError
+from packlight.runtime.packed import PackedEmbedding, PackedLinear, tied_head
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreTrainedModel:
+    """The whole model on the CPU, in evaluation mode.
+
+    Args:
+        checkpoint: an opened directory, dense or in the compressed-tensors layout.
+        dtype: of the tensors that are not packed, and of the computation; default: as stored.
+
+    Raises:
+        CheckpointError: tensors that the architecture needs are missing or have the wrong shape.
+    """
+    model = empty_model(checkpoint, dtype)
+    names = parameter_names(model)
+    packed = packed_names(checkpoint.index)
+    unknown = sorted(set(checkpoint.index) - names - {part for parts in packed.values() for part in parts.names})
+    unknown = [name for name in unknown if not name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".masked_bias"))]
+    if unknown and not packed:
+        return _load_through_transformers(checkpoint, dtype)
+    if unknown:
+        raise CheckpointError(f"{checkpoint.path} holds tensors foreign to its architecture, such as {unknown[0]}")
+    for base in packed:
+        load_packed_(model, checkpoint, base)
+    dense = [name for name in checkpoint.index if name in names]
+    load_dense_(model, checkpoint, dense)
+    model.tie_weights() if not packed else tie_packed_(model, checkpoint)
+    _refuse_meta(model, checkpoint)
+    model.eval()
+    return model
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The directory's own tokenizer. Raises CheckpointError where there is none."""
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint.path} has no tokenizer that transformers can read: {error}") from error
+
+
+def empty_model(checkpoint: Checkpoint, dtype: str | None = None, **changes: int) -> PreTrainedModel:
+    """The model with its parameters on the meta device (no memory) and its buffers, such as rotary tables, real.
+
+    Args:
+        dtype: of the parameters; default: as stored.
+        changes: other values for fields of the config, such as fewer layers.
+    """
+    with _quiet():
+        config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # packed modules are put in place here, not by transformers
+        for field, value in changes.items():
+            setattr(config.get_text_config(decoder=True), field, value)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype or checkpoint.spec.dtype)
+            )
+    _fill_buffers_(model)
+    return model
+
+
+def parameter_names(model: nn.Module) -> set[str]:
+    """Names under which a checkpoint may store this model's tensors, tied ones included."""
+    return set(model.state_dict(keep_vars=True))
+
+
+def load_dense_(model: nn.Module, checkpoint: Checkpoint, names: list[str], keep_dtype: bool = False) -> None:
+    """Read dense tensors from the checkpoint into the model, in the model's dtype or in their own.
+
+    Raises:
+        CheckpointError: a shape differs from what the config implies.
+    """
+    for name in names:
+        owner, leaf = _owner(model, name)
+        old = getattr(owner, leaf)
+        entry = checkpoint.index[name]
+        if tuple(entry.shape) != tuple(old.shape):
+            raise CheckpointError(
+                f"{name} in {checkpoint.path} has shape {tuple(entry.shape)}, its config implies {tuple(old.shape)}"
+            )
+        tensor = read_tensor(entry)
+        if tensor.is_floating_point() and not keep_dtype:
+            tensor = tensor.to(old.dtype)
+        put_(model, name, tensor)
+
+
+def load_packed_(model: nn.Module, checkpoint: Checkpoint, base: str) -> None:
+    """Replace the module `base` by a packed one over the checkpoint's codes."""
+    weight = read_quantized(checkpoint, base)
+    module = model.get_submodule(base)
+    if isinstance(module, nn.Embedding):
+        embedding = PackedEmbedding(weight)
+        model.set_submodule(base, embedding)
+        return
+    entry = checkpoint.index.get(f"{base}.bias")
+    bias = None if entry is None else read_tensor(entry).to(weight.scale.dtype)
+    model.set_submodule(base, PackedLinear(weight, bias))
+
+
+def tie_packed_(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Let the LM head of a tied model read the embedding's matrix, packed or not."""
+    if not checkpoint.spec.is_tied:
+        return
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, PackedEmbedding):
+        model.get_output_embeddings().weight = embedding.weight
+        return
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    head_name = next(n for n, module in model.named_modules() if module is model.get_output_embeddings())
+    model.set_submodule(head_name, tied_head(embedding, read_quantized(checkpoint, name)))
+
+
+def put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in place of the parameter or buffer `name`; no gradient is kept."""
+    owner, leaf = _owner(model, name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _fill_buffers_(model: PreTrainedModel) -> None:
+    """Give every buffer real memory and its initial value: rotary tables are computed, not stored in checkpoints."""
+    for module in model.modules():
+        empty = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+        if not empty:
+            continue
+        for name, buffer in empty.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        with torch.no_grad():
+            model._init_weights(module)
+
+
+def _refuse_meta(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    missing = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {len(missing)} tensors of its architecture, the first is {missing[0]}"
+        )
+
+
+def _load_through_transformers(checkpoint: Checkpoint, dtype: str | None) -> PreTrainedModel:
+    """For checkpoints whose names transformers itself translates on loading (fused experts)."""
+    with _quiet():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(checkpoint.path), dtype=dtype or checkpoint.spec.dtype, local_files_only=True, trust_remote_code=False
+        )
+    model.eval()
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers while a model is built."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,267 @@
+"""The nouns: what a model, a storage precision, a budget and a machine are.
+
+No torch, no input or output: everything here can be built by hand in a test and printed as JSON.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from packlight.errors import UsageError
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+TensorKind = Literal["linear", "embedding", "head", "expert", "other"]
+"""What a tensor is to a quantizer: a matrix inside a block, the input embedding, the LM head, a fused 3-D
+stack of expert matrices, or one of the tensors that are always left alone (norms, biases, buffers)."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One stored tensor, known from a header or a config. `shape` is (out_features, in_features) for a linear."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: TensorKind
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An integer grid for weights: `bits` wide, one scale per row or per `group_size` input columns.
+
+    Args:
+        bits: 2 to 8.
+        group_size: columns that share a scale; None means the whole row.
+        symmetric: no zero point; otherwise each scale has an integer zero point of `bits` bits.
+
+    Raises:
+        UsageError: a value outside these ranges.
+    """
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UsageError(f"bits must be 2 to 8, not {self.bits}")
+        if self.group_size is not None and self.group_size < 1:
+            raise UsageError(f"group size must be 'row' or a positive number of columns, not {self.group_size}")
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code, signed: -2^(bits-1)."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """Largest code, signed: 2^(bits-1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    def num_groups(self, cols: int) -> int:
+        """Scales per row of `cols` columns. Raises UsageError where the group does not divide the row."""
+        if self.group_size is None:
+            return 1
+        if cols % self.group_size:
+            raise UsageError(
+                f"a group of {self.group_size} columns does not divide a row of {cols}: "
+                f"choose a divisor of {cols}, or 'row'"
+            )
+        return cols // self.group_size
+
+    def fits(self, cols: int) -> bool:
+        """Whether the group divides a row of `cols` columns."""
+        return self.group_size is None or cols % self.group_size == 0
+
+    def __str__(self) -> str:
+        group = "row" if self.group_size is None else f"g{self.group_size}"
+        return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How every weight of a model is stored.
+
+    Args:
+        dtype: of all tensors that are left alone, and of scales; also the compute dtype.
+        linear: grid of the matrices inside the blocks; None leaves them in `dtype`.
+        embedding: grid of the input embedding and the LM head; None leaves them in `dtype`.
+    """
+
+    dtype: str = "bfloat16"
+    linear: Grid | None = None
+    embedding: Grid | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in FLOAT_DTYPES:
+            raise UsageError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, not {self.dtype!r}")
+
+    def grid_of(self, kind: TensorKind) -> Grid | None:
+        """The grid that a tensor of this kind is stored on, or None where it stays in `dtype`."""
+        if kind in ("linear", "expert"):
+            return self.linear
+        if kind in ("embedding", "head"):
+            return self.embedding
+        return None
+
+    def __str__(self) -> str:
+        if self.linear is None and self.embedding is None:
+            return self.dtype
+        embedding = f"+embed-{self.embedding}" if self.embedding else ""
+        return f"{self.linear or self.dtype}{embedding}"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A causal language model as its config and headers describe it; no weights.
+
+    `num_kv_heads * head_dim * 2` elements are cached per token and layer, unless `kv_lora_rank` is set: then the
+    cache of multi-head latent attention holds `kv_lora_rank + qk_rope_head_dim` elements (DeepSeek-V2,
+    arXiv 2405.04434, section 2.1).
+    """
+
+    name: str
+    architecture: str
+    model_type: str
+    dtype: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    is_tied: bool
+    tensors: tuple[TensorSpec, ...]
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    sliding_window: int | None = None
+    num_sliding_layers: int = 0
+    """Layers that attend to the last `sliding_window` tokens only."""
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    """Routed experts in a mixture layer, and how many of them one token uses."""
+    stored: Precision | None = None
+    """The precision that the checkpoint is already stored in, where it is quantized; None for a dense one.
+    `tensors` always lists the logical, dense tensors."""
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(t.numel for t in self.tensors)
+
+    @property
+    def quantizable(self) -> tuple[TensorSpec, ...]:
+        """The matrices inside the blocks, which quantizers change by default."""
+        return tuple(t for t in self.tensors if t.kind in ("linear", "expert"))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a user can afford, in the user's units. None means 'not limited'.
+
+    Args:
+        memory_bytes: what the model may add to the process: weights, KV cache, activations.
+        context: tokens per user, prompt and answer together.
+        users: sequences held at the same time.
+        min_tps: decode tokens per second that one user must see.
+        max_loss_pct: allowed rise of perplexity over the original, in percent.
+    """
+
+    memory_bytes: int | None = None
+    context: int = 1024
+    users: int = 1
+    min_tps: float | None = None
+    max_loss_pct: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.context < 1 or self.users < 1:
+            raise UsageError(f"context and users must be at least 1, not {self.context} and {self.users}")
+
+
+@dataclass(frozen=True)
+class KernelRate:
+    """What a machine does with weights of one storage format, found by a probe on random weights.
+
+    A decode step over L layers that reads B bytes of weights is predicted to take
+    `L * layer_overhead_s + B / bytes_per_s`, and a prefill of T tokens with P matrix parameters
+    `L * layer_overhead_s + 2 * P * T / flops_per_s`.
+    """
+
+    bytes_per_s: float
+    layer_overhead_s: float
+    flops_per_s: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine. `rates` is keyed by kernel name: float32, bfloat16, float16, int8, int4."""
+
+    cpu: str
+    cores: int
+    threads: int
+    ram_bytes: int
+    bandwidth_bytes_per_s: float | None = None
+    rates: Mapping[str, KernelRate] = field(default_factory=dict)
+
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b\s*", re.IGNORECASE)
+_POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from '120MB' (10^6), '1GiB' (2^30), '1.5 GB' or '512B'.
+
+    Raises:
+        UsageError: no unit, an unknown unit, or nothing at all.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"a size is a number with a unit such as 120MB or 1GiB, not {text!r}")
+    number, prefix, binary = match.groups()
+    if binary and not prefix:
+        raise UsageError(f"a size is a number with a unit such as 120MB or 1GiB, not {text!r}")
+    size = int(float(number) * (1024 if binary else 1000) ** _POWER[prefix.lower()])
+    if size < 1:
+        raise UsageError(f"a size must be positive, not {text!r}")
+    return size
+
+
+def format_size(num_bytes: float) -> str:
+    """Decimal units, as `parse_size` reads them back: 98.4 MB, 1.35 GB."""
+    if abs(num_bytes) < 1000:
+        return f"{num_bytes:.0f} B"
+    value, unit = float(num_bytes), "B"
+    for unit in ("kB", "MB", "GB", "TB", "PB"):
+        value /= 1000
+        if abs(value) < 999.5:
+            break
+    return f"{value:.3g} {unit}" if abs(value) < 100 else f"{value:.0f} {unit}"
