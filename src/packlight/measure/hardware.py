@@ -7,6 +7,7 @@ play no part in it.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from packlight.measure.footprint import pack_linears_
+from packlight.plan.memory import PREFILL_CHUNK
 from packlight.runtime import kv_cache
 from packlight.runtime.generate import prefill, step
 from packlight.spec import FLOAT_DTYPES, Grid, Hardware, KernelRate, Precision
@@ -46,7 +48,8 @@ def _rate(kernel: str) -> KernelRate:
     seconds_per_byte = max((large_s - small_s) / (large_bytes - small_bytes), 1e-13)
     overhead_s = max(small_s - small_bytes * seconds_per_byte, 0.0) / _LAYERS
     flops = 2 * _matrix_params(_LARGE) * _PROMPT
-    return KernelRate(1 / seconds_per_byte, overhead_s, flops / max(prefill_s - _LAYERS * overhead_s, 1e-9))
+    launches_s = math.ceil(_PROMPT / PREFILL_CHUNK) * _LAYERS * overhead_s
+    return KernelRate(1 / seconds_per_byte, overhead_s, flops / max(prefill_s - launches_s, 1e-9))
 
 
 def _times(kernel: str, hidden: int) -> tuple[int, float, float]:

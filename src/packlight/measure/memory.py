@@ -5,12 +5,12 @@ On a CPU the number is only clean in a process that does nothing else, so `footp
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import gc
 from pathlib import Path
 
 import torch
+
+from packlight.runtime.allocator import trim
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -24,10 +24,7 @@ def flush(device: str = "cpu") -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
-    if name := ctypes.util.find_library("c"):
-        trim = getattr(ctypes.CDLL(name), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(0)
+    trim()
     _CLEAR_REFS.write_text("5")  # resets VmHWM of this process, see proc(5)
 
 

@@ -45,12 +45,15 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Undo `pack`: int32 (rows, words) -> int8 (rows, count), signed."""
     rows = words.shape[0]
     half = 1 << (bits - 1)
-    if bits in (2, 4, 8):
+    if bits == 8:  # subtracting 128 from a byte is flipping its highest bit
+        return words.contiguous().view(torch.uint8)[:, :count].bitwise_xor(128).view(torch.int8).contiguous()
+    if bits in (2, 4):
         per_byte, mask = 8 // bits, (1 << bits) - 1
         stream = words.contiguous().view(torch.uint8)  # (rows, 4 * words)
-        parts = [(stream >> (place * bits)) & mask for place in range(per_byte)]
-        codes = torch.stack(parts, dim=-1).reshape(rows, -1)[:, :count]
-        return (codes.to(torch.int16) - half).to(torch.int8) if bits == 8 else codes.view(torch.int8) - half
+        codes = torch.empty(rows, stream.shape[1], per_byte, dtype=torch.int8)
+        for place in range(per_byte):
+            codes[..., place] = ((stream >> (place * bits)) & mask).view(torch.int8) - half
+        return codes.reshape(rows, -1)[:, :count].contiguous()
     chunks = math.ceil(count / 32)
     stream = torch.zeros(rows, chunks * bits, dtype=torch.int64)
     stream[:, : words.shape[1]] = words.to(torch.int64) & 0xFFFFFFFF

@@ -18,6 +18,8 @@ from packlight.plan.speed import Speed, decode_speed
 from packlight.spec import DTYPE_BYTES, FLOAT_DTYPES, Budget, Grid, Hardware, ModelSpec, Precision, format_size
 
 QUANTIZED_DTYPE = "bfloat16"
+MEMORY_MARGIN = 1.02
+"""A prediction counts as within a budget when it leaves this much room for its own error."""
 GROUPS = (32, 64, 128)
 
 # Relative squared error of rounding a float to a narrower dtype: 2^-(2p+2) / 3 for p explicit mantissa bits, once
@@ -145,7 +147,7 @@ def _linear_grids() -> list[Grid]:
 
 def _misses(spec: ModelSpec, memory: MemoryPlan, decode: Speed, budget: Budget) -> list[str]:
     reasons = []
-    if budget.memory_bytes is not None and memory.total > budget.memory_bytes:
+    if budget.memory_bytes is not None and memory.total * MEMORY_MARGIN > budget.memory_bytes:
         reasons.append(f"needs {format_size(memory.total)} of the {format_size(budget.memory_bytes)} allowed")
     if budget.context > spec.max_context:
         reasons.append(f"a context of {budget.context} tokens is beyond the model's {spec.max_context}")

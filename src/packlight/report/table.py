@@ -28,8 +28,9 @@ class SideBySide:
 def side_by_side(rows: Sequence[Measurement], names: Sequence[str] | None = None) -> SideBySide:
     """Lay a ledger out by quantity and subject.
 
-    Subjects come in the order in which the ledger first names them; of several rows for one cell the last counts,
-    so that a repeated measurement replaces the earlier one. A row that failed shows as `failed`.
+    Subjects come in the order in which the ledger first names them; quantities that no row has are left out. Of
+    several rows for one cell the last counts, so that a repeated measurement replaces the earlier one. A row that
+    failed shows as `failed`.
 
     Args:
         rows: a ledger; rows of other names, such as the errors of single tensors, are passed over.
@@ -38,9 +39,11 @@ def side_by_side(rows: Sequence[Measurement], names: Sequence[str] | None = None
     shown = [name for name in QUANTITIES if names is None or name in names]
     found = {(row.name, row.subject): row for row in rows if row.name in shown}
     subjects = tuple(dict.fromkeys(row.subject for row in rows if row.name in shown))
+    present = {name for name, _ in found}
     cells = [
         (QUANTITIES[name].label, tuple(_cell(name, found.get((name, subject))) for subject in subjects))
         for name in shown
+        if name in present
     ]
     return SideBySide(subjects, tuple(cells))
 

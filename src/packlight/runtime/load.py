@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from packlight.checkpoint.open import Checkpoint
-from packlight.checkpoint.packed import packed_names, read_quantized
+from packlight.checkpoint.packed import PackedParts, packed_names, read_quantized
 from packlight.checkpoint.tensors import read_tensor
 from packlight.errors import CheckpointError
+from packlight.runtime.allocator import weights_apart
 from packlight.runtime.packed import PackedEmbedding, PackedLinear, tied_head
 
 logger = logging.getLogger(__name__)
@@ -37,18 +38,20 @@ def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreTrainedMo
     model = empty_model(checkpoint, dtype)
     names = parameter_names(model)
     packed = packed_names(checkpoint.index)
-    unknown = sorted(set(checkpoint.index) - names - {part for parts in packed.values() for part in parts.names})
-    unknown = [name for name in unknown if not name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".masked_bias"))]
+    unknown = _unknown(checkpoint, names, packed)
     if unknown and not packed:
         return _load_through_transformers(checkpoint, dtype)
     if unknown:
         raise CheckpointError(f"{checkpoint.path} holds tensors foreign to its architecture, such as {unknown[0]}")
-    for base in packed:
-        load_packed_(model, checkpoint, base)
-    dense = [name for name in checkpoint.index if name in names]
-    load_dense_(model, checkpoint, dense)
-    model.tie_weights() if not packed else tie_packed_(model, checkpoint)
+    # The largest first: decoding one takes more memory than holding it, and then there is still room.
+    by_size = sorted(packed, key=lambda base: -sum(checkpoint.index[name].nbytes for name in packed[base].names))
+    with weights_apart():
+        for base in by_size:
+            load_packed_(model, checkpoint, base)
+        load_dense_(model, checkpoint, [name for name in checkpoint.index if name in names])
+        _tie_(model, checkpoint)
     _refuse_meta(model, checkpoint)
+    _straighten_head_input_(model)
     model.eval()
     return model
 
@@ -108,30 +111,18 @@ def load_dense_(model: nn.Module, checkpoint: Checkpoint, names: list[str], keep
         put_(model, name, tensor)
 
 
-def load_packed_(model: nn.Module, checkpoint: Checkpoint, base: str) -> None:
-    """Replace the module `base` by a packed one over the checkpoint's codes."""
+def load_packed_(model: PreTrainedModel, checkpoint: Checkpoint, base: str) -> None:
+    """Replace the module `base` by a packed one over the checkpoint's codes; of a tied embedding, the head as well."""
     weight = read_quantized(checkpoint, base)
-    module = model.get_submodule(base)
-    if isinstance(module, nn.Embedding):
+    if isinstance(model.get_submodule(base), nn.Embedding):
         embedding = PackedEmbedding(weight)
+        if checkpoint.spec.is_tied:
+            model.set_submodule(_name_of(model, model.get_output_embeddings()), tied_head(embedding, weight))
         model.set_submodule(base, embedding)
         return
     entry = checkpoint.index.get(f"{base}.bias")
     bias = None if entry is None else read_tensor(entry).to(weight.scale.dtype)
     model.set_submodule(base, PackedLinear(weight, bias))
-
-
-def tie_packed_(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Let the LM head of a tied model read the embedding's matrix, packed or not."""
-    if not checkpoint.spec.is_tied:
-        return
-    embedding = model.get_input_embeddings()
-    if not isinstance(embedding, PackedEmbedding):
-        model.get_output_embeddings().weight = embedding.weight
-        return
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    head_name = next(n for n, module in model.named_modules() if module is model.get_output_embeddings())
-    model.set_submodule(head_name, tied_head(embedding, read_quantized(checkpoint, name)))
 
 
 def put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -141,6 +132,36 @@ def put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
+
+
+def _tie_(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Let the dense head of a tied model read the dense embedding's matrix."""
+    embedding = model.get_input_embeddings()
+    if checkpoint.spec.is_tied and not isinstance(embedding, PackedEmbedding):
+        model.get_output_embeddings().weight = embedding.weight
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
+
+
+def _unknown(checkpoint: Checkpoint, names: set[str], packed: dict[str, PackedParts]) -> list[str]:
+    """Stored tensors that are no parameter, no part of a packed one, and no table that is computed anyway."""
+    known = names | {part for parts in packed.values() for part in parts.names}
+    computed = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+    return sorted(name for name in set(checkpoint.index) - known if not name.endswith(computed))
+
+
+def _straighten_head_input_(model: PreTrainedModel) -> None:
+    """NOTE a trap: the last position of a prompt, a view with the strides of the whole, makes torch's bfloat16 matrix
+    multiplication copy the head's weights into another layout, once per call. A copy of the one row avoids it."""
+
+    def straighten(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        head.register_forward_pre_hook(straighten)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
