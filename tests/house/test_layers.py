@@ -101,7 +101,7 @@ def test_every_file_imports_downward_only() -> None:
         ("packlight.export.gguf", "from packlight.compress.walk import walk"),
         ("packlight.measure.text", "from packlight import compress"),
         ("packlight.pipeline", "from packlight.cli.main import main"),
-        ("packlight.server.app", "from packlight.report.table import rich_table"),
+        ("packlight.server.app", "from packlight.lab.kv_cache import study"),
         ("packlight.report.table", "from packlight.plan.fit import fit"),
         ("packlight.cli.main", "from packlight.utils import helper"),
         ("packlight.cli.main", "from . import fit"),

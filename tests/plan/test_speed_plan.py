@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from packlight.checkpoint.config import spec_from_config
-from packlight.plan.memory import kv_cache_bytes
+from packlight.plan.memory import PREFILL_CHUNK, kv_cache_bytes
 from packlight.plan.speed import decode_speed, prefill_speed, read_bytes
 from packlight.spec import Grid, Hardware, KernelRate, ModelSpec, Precision
 
@@ -95,7 +95,7 @@ def test_prefill() -> None:
     spec = spec_of()
     linear = sum(tensor.numel for tensor in spec.quantizable)
     speed = prefill_speed(spec, Precision(), PROBED, 1024)
-    seconds = 2 * 2 * 1e-4 + 2 * linear * 1024 / 100e9
+    seconds = 1024 / PREFILL_CHUNK * 2 * 1e-4 + 2 * linear * 1024 / 100e9
     assert speed.tokens_per_s == pytest.approx(1024 / seconds)
 
 
