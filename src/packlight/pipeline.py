@@ -8,6 +8,7 @@ the ledger of the job as they arrive, and a job that was cut short passes over t
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from packlight.measure import proof
 from packlight.measure.bandwidth import hardware as find_hardware
 from packlight.measure.footprint import footprint
 from packlight.measure.hardware import KERNELS, calibrate
+from packlight.measure.memory import current_bytes, flush, peak_bytes
 from packlight.measure.quality import Reference, evaluate_reference
 from packlight.measure.quality import evaluate as compare
 from packlight.measure.size import disk_size, size_rows
@@ -292,6 +294,12 @@ def _compress(
     ids = _proof_ids(checkpoint)
     result = WalkResult()
     blocks = checkpoint.spec.num_layers + 2
+    claim = step.plan(checkpoint.spec)
+    cost = f"{format_size(claim.peak_bytes)} of memory and {60 * claim.minutes:.0f} s"
+    watcher.say(f"the job itself is planned to take {cost}, {blocks} blocks one by one")
+    is_fresh = not compress.block_files(work.blocks)
+    flush()
+    base, start = current_bytes(), time.monotonic()
     tick = watcher.stage(f"compressing block by block ({step.name})", blocks)
     for _ in compress.block_files(work.blocks):
         tick()
@@ -302,6 +310,10 @@ def _compress(
     config = save.artifact_config(checkpoint.config, checkpoint.spec, step.precision, layout)
     save.write_artifact(work, checkpoint, stored, _block_reader(work.blocks), config, recipe)
     assert result.proof_logits is not None
+    if is_fresh:  # a job that goes on did only a part of the work
+        taken_s, peak = time.monotonic() - start, peak_bytes() - base
+        ledger.add([Measurement("job_peak_bytes", peak, "bytes", PACKED, predicted=claim.peak_bytes)])
+        ledger.add([Measurement("job_s", taken_s, "s", PACKED, predicted=60 * claim.minutes)])
     proof.record(work.artifact, ids, result.proof_logits)
 
 
