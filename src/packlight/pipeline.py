@@ -42,6 +42,7 @@ from packlight.plan.memory import disk_bytes, runtime_bytes
 from packlight.plan.recipes import Candidate, candidates, loads_in_transformers, rank, smallest
 from packlight.plan.speed import decode_speed, prefill_speed
 from packlight.report.card import model_card
+from packlight.runtime.allocator import weights_apart
 from packlight.runtime.load import load_model, load_tokenizer
 from packlight.spec import Budget, Hardware, ModelSpec, Precision, format_size
 
@@ -303,9 +304,10 @@ def _compress(
     tick = watcher.stage(f"compressing block by block ({step.name})", blocks)
     for _ in compress.block_files(work.blocks):
         tick()
-    for row in compress.run(step, checkpoint, work.blocks, layout, ids, [], result):
-        ledger.add([row])
-        tick()
+    with weights_apart():
+        for row in compress.run(step, checkpoint, work.blocks, layout, ids, [], result):
+            ledger.add([row])
+            tick()
     stored = tensor_layout(checkpoint.spec, step.precision, layout)
     config = save.artifact_config(checkpoint.config, checkpoint.spec, step.precision, layout)
     save.write_artifact(work, checkpoint, stored, _block_reader(work.blocks), config, recipe)

@@ -16,7 +16,7 @@ def test_a_probe_is_plausible_and_short() -> None:
 
     started = time.perf_counter()
     rate = memory_bandwidth(1, buffer_bytes=16 << 20)
-    assert time.perf_counter() - started < 5  # about 0.2 s where nothing else runs
+    assert time.perf_counter() - started < 5  # about 0.1 s where nothing else runs
     assert 1e8 < rate < 1e13
 
 

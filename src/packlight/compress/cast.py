@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from packlight.compress.step import Claim, check_claim, claim
 from packlight.compress.walk import Block
 from packlight.errors import CheckpointError
 from packlight.evidence import Measurement
+from packlight.ops.grid import squared_error, squared_norm
 from packlight.spec import ModelSpec, Precision
 
 
@@ -49,17 +51,19 @@ class Cast:
         Raises:
             CheckpointError: a weight is not finite, or does not fit into `dtype`.
         """
-        dtype = getattr(torch, self.dtype)
         for block in blocks:
-            error = norm = 0.0
-            for name in block.tensors:
-                exact = block.tensor(name).float()
-                rounded = exact.to(dtype).float()
-                if not bool(torch.isfinite(rounded).all()):
-                    raise CheckpointError(f"{name} holds values that are not finite in {self.dtype}")
-                error += float((rounded - exact).square().sum())
-                norm += float(exact.square().sum())
-            yield Measurement("relative_error", error / norm if norm else 0.0, "1", block.name)
+            yield Measurement("relative_error", self._error(block), "1", block.name)
+
+    def _error(self, block: Block) -> float:
+        error = norm = 0.0
+        for name in block.tensors:
+            exact = block.tensor(name)
+            rounded = exact.to(getattr(torch, self.dtype))
+            if not all(map(math.isfinite, map(float, rounded.aminmax()))):  # isfinite() would take as much again
+                raise CheckpointError(f"{name} holds values that are not finite in {self.dtype}")
+            error += squared_error(exact, rounded)
+            norm += squared_norm(exact)
+        return error / norm if norm else 0.0
 
     def measure(self, spec: ModelSpec, artifact: Checkpoint) -> Iterator[Measurement]:
         """Claimed bytes beside stored ones."""

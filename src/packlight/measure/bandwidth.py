@@ -1,4 +1,4 @@
-"""How fast this machine reads memory, in under half a second, and what the machine is.
+"""How fast this machine reads memory, in about a fifth of a second, and what the machine is.
 
 Decoding reads every weight once per token, so this one number bounds tokens per second from above.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 256 << 20
 """Larger than most last-level caches, small enough to be filled in a moment."""
 SHARE_OF_FREE_RAM = 8
-PROBE_SECONDS = 0.2
+PROBE_SECONDS = 0.1
 MIN_PASSES = 2
 READS = 4
 """Times that a pass reads the buffer, so that the threads' different starts weigh little."""

@@ -13,6 +13,9 @@ import torch
 from packlight.errors import CheckpointError
 from packlight.spec import Grid
 
+ROW_CHUNK = 1024
+"""Rows that are worked on at once: rows are independent, and an LM head's float copies would outweigh it many times."""
+
 
 @dataclass(frozen=True)
 class QuantizedTensor:
@@ -53,8 +56,16 @@ def quantize(weight: torch.Tensor, grid: Grid, scale_dtype: torch.dtype, name: s
         CheckpointError: `weight` holds a NaN or an infinity.
         UsageError: the group does not divide the row.
     """
-    scale, zero_point = fit(weight, grid, scale_dtype, name)
-    return QuantizedTensor(round_to(weight, scale, zero_point, grid), scale, zero_point, grid)
+    parts = [_quantize_rows(part, grid, scale_dtype, name) for part in weight.split(ROW_CHUNK)]
+    if len(parts) == 1:
+        return parts[0]
+    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+    return QuantizedTensor(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zero_points) if zero_points else None,
+        grid,
+    )
 
 
 def fit(
@@ -102,6 +113,22 @@ def dequantize(
         values -= zero_point.to(scale.dtype).unsqueeze(-1)
     values *= scale.unsqueeze(-1)
     return values.reshape(rows, cols).to(dtype or scale.dtype)
+
+
+def squared_error(exact: torch.Tensor, approximate: torch.Tensor) -> float:
+    """||exact - approximate||^2 in float32, some rows at a time."""
+    pairs = zip(exact.split(ROW_CHUNK), approximate.split(ROW_CHUNK), strict=True)
+    return sum(float((theirs.float() - mine.float()).square().sum()) for mine, theirs in pairs)
+
+
+def squared_norm(values: torch.Tensor) -> float:
+    """||values||^2 in float32, some rows at a time."""
+    return sum(float(part.float().square().sum()) for part in values.split(ROW_CHUNK))
+
+
+def _quantize_rows(weight: torch.Tensor, grid: Grid, scale_dtype: torch.dtype, name: str) -> QuantizedTensor:
+    scale, zero_point = fit(weight, grid, scale_dtype, name)
+    return QuantizedTensor(round_to(weight, scale, zero_point, grid), scale, zero_point, grid)
 
 
 def _positive(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,9 @@ import math
 
 import torch
 
+ROW_CHUNK = 1024
+"""Rows packed at once: the wider integers in between would outweigh an LM head's codes several times."""
+
 
 def num_words(count: int, bits: int) -> int:
     """int32 words that `count` codes of `bits` bits need."""
@@ -18,6 +21,10 @@ def num_words(count: int, bits: int) -> int:
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack signed codes along the last axis: int8 (rows, count) -> int32 (rows, num_words(count, bits))."""
+    return torch.cat([_pack_rows(part, bits) for part in codes.split(ROW_CHUNK)])
+
+
+def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, count = codes.shape
     unsigned = codes.to(torch.int16) + (1 << (bits - 1))
     if bits in (2, 4, 8):  # codes never straddle a byte: work on bytes, 8 times less memory than on words

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from packlight.plan.kernels import resident_tensor_bytes
-from packlight.plan.layout import DEFAULT_LAYOUT, Layout, Role, stored_parts, tensor_layout, total_bytes
+from packlight.plan.layout import DEFAULT_LAYOUT, Layout, Role, tensor_layout
 from packlight.spec import DTYPE_BYTES, Budget, ModelSpec, Precision, TensorSpec
 
 PREFILL_CHUNK = 128
@@ -74,14 +74,14 @@ class MemoryPlan:
 class JobRates:
     """What the compression job gets done per second. Defaults are for two laptop cores."""
 
-    read_bytes_per_s: float = 500e6
-    quantize_weights_per_s: float = 40e6
-    write_bytes_per_s: float = 250e6
+    read_bytes_per_s: float = 1000e6
+    quantize_weights_per_s: float = 120e6
+    write_bytes_per_s: float = 300e6
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """The cost of round-to-nearest quantization, block by block, above the base of interpreter and torch."""
+    """The cost of a compression job, block by block, above the base of interpreter and torch."""
 
     peak_bytes: int
     minutes: float
@@ -167,10 +167,11 @@ def runtime_bytes(spec: ModelSpec, precision: Precision, budget: Budget) -> Memo
 
 
 def job_plan(spec: ModelSpec, precision: Precision, rates: JobRates | None = None) -> JobPlan:
-    """Peak memory and minutes of quantizing block by block.
+    """Peak memory and minutes of a block-by-block job.
 
-    The peak is in the worst block (the embedding and the head are blocks of their own): its weights as they are
-    stored, three float32 copies of its largest matrix (values, scaled values, error), and its packed result.
+    The walk holds one block at a time: first everything outside the layers but the head, then each layer, then the
+    head. A block takes its weights as they are stored in the source, the codes and the de-quantized values of its
+    largest matrix, and what it leaves alone in the result's dtype. What lies outside the layers stays to the end.
     """
     rates = rates or JobRates()
     read = sum(tensor.nbytes for tensor in spec.tensors)
@@ -180,27 +181,30 @@ def job_plan(spec: ModelSpec, precision: Precision, rates: JobRates | None = Non
         + changed / rates.quantize_weights_per_s
         + disk_bytes(spec, precision).total / rates.write_bytes_per_s
     )
-    peak = max((_block_peak(block, precision) for block in _blocks(spec.tensors)), default=0)
-    return JobPlan(peak, seconds / 60)
+    outside, *others = _blocks(spec.tensors)
+    stays = sum(tensor.numel * DTYPE_BYTES[precision.dtype] for tensor in outside)
+    peaks = [_block_peak(outside, precision), *(stays + _block_peak(block, precision) for block in others)]
+    return JobPlan(max(peaks), seconds / 60)
 
 
 _BLOCK = re.compile(r"(?:.*?\.)?\d+\.")
 
 
 def _blocks(tensors: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
-    """Tensors by block: `model.layers.0.` together, everything outside the blocks one by one."""
-    blocks: dict[str, list[TensorSpec]] = {}
+    """Tensors as the walk loads them: those outside the layers, then `model.layers.0.` together and so on, the head."""
+    blocks: dict[str, list[TensorSpec]] = {"": []}
     for tensor in tensors:
         match = _BLOCK.match(tensor.name)
-        blocks.setdefault(match.group() if match else tensor.name, []).append(tensor)
+        name = match.group() if match else tensor.name if tensor.kind == "head" else ""
+        blocks.setdefault(name, []).append(tensor)
     return list(blocks.values())
 
 
 def _block_peak(block: list[TensorSpec], precision: Precision) -> int:
+    size = DTYPE_BYTES[precision.dtype]
     quantized = [tensor.numel for tensor in block if precision.grid_of(tensor.kind) is not None]
-    largest = max(quantized, default=0)
-    packed = sum(total_bytes(stored_parts(tensor, precision)) for tensor in block)
-    return sum(tensor.nbytes for tensor in block) + 3 * 4 * largest + packed
+    alone = sum(tensor.numel for tensor in block) - sum(quantized)
+    return sum(tensor.nbytes for tensor in block) + max(quantized, default=0) * (1 + size) + alone * size
 
 
 def _kv_elements_per_layer(spec: ModelSpec) -> int:

@@ -19,7 +19,7 @@ from packlight.compress.step import Claim, check_claim, claim
 from packlight.compress.walk import Block
 from packlight.errors import UsageError
 from packlight.evidence import Measurement
-from packlight.ops.grid import quantize
+from packlight.ops.grid import quantize, squared_error, squared_norm
 from packlight.spec import Grid, ModelSpec, Precision
 
 
@@ -66,19 +66,19 @@ class Rtn:
 
     def apply_(self, blocks: Iterable[Block]) -> Iterator[Measurement]:
         """Round every matrix of every block; one row per block: ||W - W'||^2 / ||W||^2 over its matrices."""
-        dtype = getattr(torch, self.dtype)
         for block in blocks:
-            error = norm = 0.0
-            for name, kind, weight in block.matrices():
-                grid = self.precision.grid_of(kind)
-                if grid is None:
-                    continue
-                rounded = quantize(weight, grid, dtype, name)
-                exact = weight.float()
-                error += float((rounded.dequantize(torch.float32) - exact).square().sum())
-                norm += float(exact.square().sum())
-                block.pack_(name, rounded)
-            yield Measurement("relative_error", error / norm if norm else 0.0, "1", block.name)
+            yield Measurement("relative_error", self._round(block), "1", block.name)
+
+    def _round(self, block: Block) -> float:
+        error = norm = 0.0
+        for name, kind, weight in block.matrices():
+            grid = self.precision.grid_of(kind)
+            if grid is None:
+                continue
+            block.pack_(name, quantize(weight, grid, getattr(torch, self.dtype), name))
+            error += squared_error(weight, block.tensor(name))
+            norm += squared_norm(weight)
+        return error / norm if norm else 0.0
 
     def measure(self, spec: ModelSpec, artifact: Checkpoint) -> Iterator[Measurement]:
         """Claimed bytes beside stored ones."""
