@@ -51,7 +51,7 @@ def int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero_point: 
         scale: bfloat16 (rows,).
         zero_point: bfloat16 (rows,) or None.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch._weight_int8pack_mm(flat, codes, scale)
     if zero_point is not None:
         offset = flat.float().sum(dim=-1, keepdim=True) * (scale.float() * zero_point.float())  # (tokens, rows)
@@ -68,7 +68,7 @@ def int4(x: torch.Tensor, packed: torch.Tensor, scale_and_zero: torch.Tensor, gr
         scale_and_zero: bfloat16 (groups, rows, 2), from `pack_int4`.
         group_size: 32, 64, 128 or 256 columns.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed, group_size, scale_and_zero)
     return out.reshape(*x.shape[:-1], packed.shape[0])
 
