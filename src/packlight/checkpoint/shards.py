@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
 from packlight.errors import CheckpointError, TargetError
+from packlight.plan.layout import MAX_SHARD_BYTES, split_shards
 from packlight.spec import DTYPE_BYTES
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_SHARD_BYTES = 5_000_000_000
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_REFUSED = "pickled weights are refused; convert to safetensors first"
 
@@ -126,7 +126,8 @@ def write_shards(
     Raises:
         TargetError: the disk is full or the directory cannot be written.
     """
-    shards = list(_split(layout, max_shard_bytes))
+    sizes = [_nbytes(dtype, shape) for _, dtype, shape in layout]
+    shards = [[layout[place] for place in shard] for shard in split_shards(sizes, max_shard_bytes)]
     names = _shard_names(len(shards))
     weight_map: dict[str, str] = {}
     try:
@@ -259,19 +260,6 @@ def _check_contiguous(path: Path, entries: list[TensorEntry], start: int, size: 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPE_BYTES[dtype]
-
-
-def _split(layout: Layout, max_shard_bytes: int) -> Iterator[list[tuple[str, str, tuple[int, ...]]]]:
-    shard: list[tuple[str, str, tuple[int, ...]]] = []
-    used = 0
-    for name, dtype, shape in layout:
-        nbytes = _nbytes(dtype, shape)
-        if shard and used + nbytes > max_shard_bytes:
-            yield shard
-            shard, used = [], 0
-        shard.append((name, dtype, shape))
-        used += nbytes
-    yield shard
 
 
 def _shard_names(count: int) -> list[str]:

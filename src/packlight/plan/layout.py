@@ -25,6 +25,8 @@ from packlight.spec import DTYPE_BYTES, FLOAT_DTYPES, Grid, ModelSpec, Precision
 
 Layout = Literal["pack-quantized", "int-quantized"]
 DEFAULT_LAYOUT: Layout = "pack-quantized"
+MAX_SHARD_BYTES = 5_000_000_000
+"""Transformers' own limit of a weight file."""
 Role = Literal["codes", "scales", "zero_points", "shapes", "left_alone"]
 
 # In the order of alignment that the safetensors writer sorts by (safetensors/src/tensor.rs, `enum Dtype`).
@@ -98,9 +100,24 @@ def safetensors_header(stored: Sequence[StoredTensor]) -> bytes:
 
 
 def artifact_bytes(spec: ModelSpec, precision: Precision, layout: Layout = DEFAULT_LAYOUT) -> int:
-    """Exact size of the one safetensors file of an artifact, its header included."""
+    """Exact size of the safetensors files of an artifact, headers included."""
     stored = tensor_layout(spec, precision, layout)
-    return len(safetensors_header(stored)) + total_bytes(stored)
+    shards = split_shards([part.nbytes for part in stored])
+    headers = (len(safetensors_header([stored[place] for place in shard])) for shard in shards)
+    return sum(headers) + total_bytes(stored)
+
+
+def split_shards(sizes: Sequence[int], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[int]]:
+    """Places of tensors of these sizes by shard: a shard is closed before it would grow past the limit."""
+    shards: list[list[int]] = [[]]
+    used = 0
+    for place, size in enumerate(sizes):
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(place)
+        used += size
+    return shards
 
 
 def total_bytes(stored: Iterable[StoredTensor]) -> int:
