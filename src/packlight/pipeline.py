@@ -135,6 +135,7 @@ def fit(
     """
     checkpoint = _open(model)
     asked = asdict(budget)
+    compress.check_dense(checkpoint)
     cut, note = _windows(checkpoint, yardstick)
     request = _request(checkpoint) | {"asked": asked, "text": note}
     if save.made_earlier(out, request):

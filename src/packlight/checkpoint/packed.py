@@ -17,7 +17,7 @@ from packlight.checkpoint.shards import TensorEntry
 from packlight.checkpoint.tensors import read_tensor
 from packlight.errors import CheckpointError
 from packlight.ops.grid import QuantizedTensor
-from packlight.ops.pack import pack, unpack
+from packlight.ops.pack import num_words, pack, unpack
 from packlight.spec import Grid
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -71,6 +71,9 @@ def decode(parts: Mapping[str, torch.Tensor], grid: Grid, base: str) -> Quantize
     zero = None if grid.symmetric else parts["weight_zero_point"]
     if is_packed:
         rows, cols = parts["weight_shape"].tolist()
+        _check_shape(base, "weight_packed", parts["weight_packed"], (rows, num_words(cols, grid.bits)))
+        if zero is not None:
+            _check_shape(base, "weight_zero_point", zero, (num_words(rows, grid.bits), grid.num_groups(cols)))
         codes = unpack(parts["weight_packed"], grid.bits, cols)
         zero = None if zero is None else unpack(zero.T.contiguous(), grid.bits, rows).T.contiguous()
     else:
@@ -108,6 +111,11 @@ def _checked(weight: QuantizedTensor, base: str) -> QuantizedTensor:
     rows, cols = weight.codes.shape
     expected = (rows, weight.grid.num_groups(cols))
     for part, tensor in (("weight_scale", weight.scale), ("weight_zero_point", weight.zero_point)):
-        if tensor is not None and tuple(tensor.shape) != expected:
-            raise CheckpointError(f"{base}.{part} has shape {tuple(tensor.shape)}, its grid implies {expected}")
+        if tensor is not None:
+            _check_shape(base, part, tensor, expected)
     return weight
+
+
+def _check_shape(base: str, part: str, tensor: torch.Tensor, expected: tuple[int, int]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise CheckpointError(f"{base}.{part} has shape {tuple(tensor.shape)}, its grid implies {expected}")

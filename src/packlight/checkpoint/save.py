@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import yaml
 
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.shards import write_shards
-from packlight.errors import TargetError
+from packlight.errors import TargetError, UsageError
 from packlight.plan.layout import Layout, StoredTensor
 from packlight.spec import Grid, ModelSpec, Precision, format_size
 
@@ -63,6 +63,9 @@ class Job:
 def job(target: Path, asked: Mapping[str, Any], needed_bytes: int) -> Iterator[Job]:
     """Claim the work directory of a job, alone, and find what an earlier run of the same job left in it.
 
+    Work that was cut short stays, for the same job to go on with; where the input turns out to be at fault, nothing
+    stays.
+
     Args:
         target: the artifact's directory; it must not exist.
         asked: everything that the result depends on. Work of a job that asked for something else is thrown away.
@@ -72,8 +75,7 @@ def job(target: Path, asked: Mapping[str, Any], needed_bytes: int) -> Iterator[J
         TargetError: the target exists, cannot be written, has too little space, or another process works on it.
     """
     target = target.absolute()
-    if target.exists():
-        raise TargetError(f"{target} exists already: choose another --out, or remove it first")
+    refuse_existing(target)
     partial = target.parent / f".{target.name}.partial"
     made = _make_parents(target.parent)
     try:
@@ -89,10 +91,22 @@ def job(target: Path, asked: Mapping[str, Any], needed_bytes: int) -> Iterator[J
         _start_or_go_on(partial, asked)
         try:
             yield Job(target, partial)
+        except TargetError:
+            raise
+        except UsageError:  # the input is at fault: the same command will not go on from here
+            shutil.rmtree(partial)
+            _remove_empty(made)
+            raise
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
                 raise
             raise _target_error(target, error) from error
+
+
+def refuse_existing(target: Path) -> None:
+    """Raises TargetError where something has the target's name, be it a link that leads nowhere."""
+    if os.path.lexists(target):
+        raise TargetError(f"{target} exists already: choose another --out, or remove it first")
 
 
 def publish(work: Job) -> None:
@@ -263,7 +277,8 @@ def _make_parents(parent: Path) -> list[Path]:
 
 def _remove_empty(made: list[Path]) -> None:
     for path in made:
-        path.rmdir()
+        with suppress(OSError):  # another process has put something there by now
+            path.rmdir()
 
 
 def _check_space(parent: Path, needed_bytes: int) -> None:

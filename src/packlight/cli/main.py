@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from packlight.cli import demo, evaluate, fit, generate, plan, prove, quantize, report
@@ -12,6 +11,8 @@ from packlight.cli.output import complain
 from packlight.errors import PacklightError
 
 INTERRUPTED = 130
+UsageMistake: type[Exception] = typer.BadParameter.__mro__[1]
+"""UsageError of click, or of the copy of click that newer versions of typer carry and do not export."""
 
 app = typer.Typer(
     name="packlight",
@@ -53,10 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
     except PacklightError as error:
         complain(str(error))
         sys.exit(error.exit_code)
-    except click.ClickException as error:
-        complain(error.format_message())
+    except UsageMistake as error:
+        complain(f"{error.format_message().removesuffix('.')}: see packlight --help")  # type: ignore[attr-defined]
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         complain("interrupted: give the same command again to go on")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does

@@ -20,10 +20,11 @@ from torch import nn
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.packed import decode, stored_tensors
 from packlight.compress.step import Step
-from packlight.compress.walk import Block, WalkResult, walk
+from packlight.compress.walk import Block, WalkResult, check_names, walk
 from packlight.errors import CheckpointError, UsageError
 from packlight.evidence import Measurement
 from packlight.runtime.load import empty_model, put_
+from packlight.runtime.packed import embedding_factor
 
 
 def check(step: Step, checkpoint: Checkpoint) -> None:
@@ -32,13 +33,17 @@ def check(step: Step, checkpoint: Checkpoint) -> None:
     Raises:
         UsageError: a trait that the step needs is absent, or a group divides no row.
     """
-    traits = {"dense"} if checkpoint.spec.stored is None else set[str]()
-    if lacking := step.needs - traits:
-        raise UsageError(
-            f"{step.name} needs a checkpoint that is {', '.join(sorted(lacking))}, and {checkpoint.source} is already "
-            f"quantized ({checkpoint.spec.stored}): start from the original"
-        )
+    if "dense" in step.needs:
+        check_dense(checkpoint)
     step.plan(checkpoint.spec)
+
+
+def check_dense(checkpoint: Checkpoint) -> None:
+    """Raises UsageError where the checkpoint is quantized already."""
+    if checkpoint.spec.stored is not None:
+        raise UsageError(
+            f"{checkpoint.source} is already quantized ({checkpoint.spec.stored}): start from the original"
+        )
 
 
 def run(
@@ -56,6 +61,7 @@ def run(
     """
     work.mkdir(parents=True, exist_ok=True)
     model = empty_model(checkpoint, step.precision.dtype)
+    check_names(checkpoint, model)
     _refuse_foreign_modules(step, checkpoint, model)
     rows: dict[int, Measurement] = {}
 
@@ -131,3 +137,5 @@ def _refuse_foreign_modules(step: Step, checkpoint: Checkpoint, model: nn.Module
                 f"{tensor.name} belongs to a {type(owner).__name__}, and the compressed-tensors layout holds only "
                 "linear and embedding matrices: this architecture cannot be quantized yet"
             )
+        if isinstance(owner, nn.Embedding):
+            embedding_factor(owner)

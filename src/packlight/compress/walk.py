@@ -124,6 +124,19 @@ def walk(
             result.proof_logits = _head_logits(model, layers, batches[0], hidden[0])
 
 
+def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Refuse a checkpoint whose tensors are not named as the model's parameters are.
+
+    Raises:
+        CheckpointError: transformers translates the names of this architecture while it loads.
+    """
+    if unknown := sorted(set(checkpoint.index) - parameter_names(model)):
+        raise CheckpointError(
+            f"{checkpoint.path} stores tensors under other names than its architecture, such as {unknown[0]}: "
+            "packlight cannot compress this layout yet"
+        )
+
+
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder blocks. Raises CheckpointError where the architecture keeps them in no such list."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -207,12 +220,6 @@ def _stages(
     prefix = next(name for name, module in model.named_modules() if module is layers)
     head = model.get_output_embeddings()
     head_name = next((name for name, module in model.named_modules() if module is head), "lm_head")
-    known = parameter_names(model)
-    if unknown := sorted(set(checkpoint.index) - known):
-        raise CheckpointError(
-            f"{checkpoint.path} stores tensors under other names than its architecture, such as {unknown[0]}: "
-            "packlight cannot compress this layout yet"
-        )
     stored = sorted(checkpoint.index)
     head_tensors = [name for name in stored if name.startswith(f"{head_name}.")]
     stages: list[tuple[str, BlockKind, nn.Module, list[str]]] = []

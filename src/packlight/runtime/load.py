@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from packlight.checkpoint.packed import PackedParts, packed_names, read_quantize
 from packlight.checkpoint.tensors import read_tensor
 from packlight.errors import CheckpointError
 from packlight.runtime.allocator import weights_apart
-from packlight.runtime.packed import PackedEmbedding, PackedLinear, tied_head
+from packlight.runtime.packed import PackedEmbedding, PackedLinear, embedding_factor, tied_head
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,13 @@ def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreTrainedMo
         return _load_through_transformers(checkpoint, dtype)
     if unknown:
         raise CheckpointError(f"{checkpoint.path} holds tensors foreign to its architecture, such as {unknown[0]}")
+    parts = {part for found in packed.values() for part in found.names}  # among them `weight` where codes are int8
     # The largest first: decoding one takes more memory than holding it, and then there is still room.
     by_size = sorted(packed, key=lambda base: -sum(checkpoint.index[name].nbytes for name in packed[base].names))
     with weights_apart():
         for base in by_size:
             load_packed_(model, checkpoint, base)
-        load_dense_(model, checkpoint, [name for name in checkpoint.index if name in names])
+        load_dense_(model, checkpoint, [name for name in checkpoint.index if name in names - parts])
         _tie_(model, checkpoint)
     _refuse_meta(model, checkpoint)
     _straighten_head_input_(model)
@@ -66,7 +68,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 
 def empty_model(checkpoint: Checkpoint, dtype: str | None = None, **changes: int) -> PreTrainedModel:
-    """The model with its parameters on the meta device (no memory) and its buffers, such as rotary tables, real.
+    """The model in evaluation mode, its parameters on the meta device (no memory), its buffers (rotary tables) real.
 
     Args:
         dtype: of the parameters; default: as stored.
@@ -83,6 +85,7 @@ def empty_model(checkpoint: Checkpoint, dtype: str | None = None, **changes: int
                 config, dtype=getattr(torch, dtype or checkpoint.spec.dtype)
             )
     _fill_buffers_(model)
+    model.eval()  # a model from a config is in training mode, where some architectures drop activations out
     return model
 
 
@@ -101,10 +104,7 @@ def load_dense_(model: nn.Module, checkpoint: Checkpoint, names: list[str], keep
         owner, leaf = _owner(model, name)
         old = getattr(owner, leaf)
         entry = checkpoint.index[name]
-        if tuple(entry.shape) != tuple(old.shape):
-            raise CheckpointError(
-                f"{name} in {checkpoint.path} has shape {tuple(entry.shape)}, its config implies {tuple(old.shape)}"
-            )
+        _check_shape(checkpoint, name, entry.shape, old)
         tensor = read_tensor(entry)
         if tensor.is_floating_point() and not keep_dtype:
             tensor = tensor.to(old.dtype)
@@ -112,10 +112,16 @@ def load_dense_(model: nn.Module, checkpoint: Checkpoint, names: list[str], keep
 
 
 def load_packed_(model: PreTrainedModel, checkpoint: Checkpoint, base: str) -> None:
-    """Replace the module `base` by a packed one over the checkpoint's codes; of a tied embedding, the head as well."""
+    """Replace the module `base` by a packed one over the checkpoint's codes; of a tied embedding, the head as well.
+
+    Raises:
+        CheckpointError: the shape differs from what the config implies.
+    """
     weight = read_quantized(checkpoint, base)
-    if isinstance(model.get_submodule(base), nn.Embedding):
-        embedding = PackedEmbedding(weight)
+    module = model.get_submodule(base)
+    _check_shape(checkpoint, f"{base}.weight", weight.shape, module.weight)
+    if isinstance(module, nn.Embedding):
+        embedding = PackedEmbedding(weight, embedding_factor(module))
         if checkpoint.spec.is_tied:
             model.set_submodule(_name_of(model, model.get_output_embeddings()), tied_head(embedding, weight))
         model.set_submodule(base, embedding)
@@ -132,6 +138,13 @@ def put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], old: Any) -> None:
+    if tuple(found) != tuple(old.shape):
+        raise CheckpointError(
+            f"{name} in {checkpoint.path} has shape {tuple(found)}, its config implies {tuple(old.shape)}"
+        )
 
 
 def _tie_(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

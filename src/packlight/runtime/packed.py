@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from packlight.errors import CheckpointError
 from packlight.ops import packed_linear
 from packlight.ops.grid import QuantizedTensor, dequantize
 from packlight.ops.pack import pack, unpack
@@ -70,7 +71,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of a quantized matrix, de-quantized when they are looked up.
+    """Rows of a quantized matrix, de-quantized when they are looked up, and multiplied by `factor` where there is one.
 
     An 8-bit per-row table keeps its codes plain, so that a tied head can multiply by the same tensor (`head`);
     every other grid keeps packed words.
@@ -79,8 +80,9 @@ class PackedEmbedding(nn.Module):
     codes: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor | None
+    factor: torch.Tensor | None
 
-    def __init__(self, weight: QuantizedTensor) -> None:
+    def __init__(self, weight: QuantizedTensor, factor: float | None = None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
         self.grid = weight.grid
@@ -88,6 +90,8 @@ class PackedEmbedding(nn.Module):
         self.register_buffer("codes", weight.codes if self.is_plain else pack(weight.codes, weight.grid.bits))
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero_point", weight.zero_point)
+        # transformers rounds the factor to the compute dtype too
+        self.register_buffer("factor", None if factor is None else torch.tensor(factor, dtype=weight.scale.dtype))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (...) -> (..., embedding_dim) in the dtype of the scales."""
@@ -97,10 +101,28 @@ class PackedEmbedding(nn.Module):
             codes = unpack(codes, self.grid.bits, self.embedding_dim)
         zero = None if self.zero_point is None else self.zero_point[flat]
         rows = dequantize(codes, self.scale[flat], zero)
+        if self.factor is not None:
+            rows *= self.factor
         return rows.reshape(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, grid={self.grid}"
+
+
+def embedding_factor(embedding: nn.Embedding) -> float | None:
+    """What an architecture multiplies its looked-up rows by (Gemma's square root of the width); None for plain rows.
+
+    Raises:
+        CheckpointError: the class does something else to its rows, which a packed embedding would leave out.
+    """
+    if type(embedding) is nn.Embedding:
+        return None
+    factor = getattr(embedding, "embed_scale", None)
+    if factor is None:
+        raise CheckpointError(
+            f"a {type(embedding).__name__} does more than look rows up: leave the embeddings of this architecture alone"
+        )
+    return float(factor)
 
 
 def tied_head(embedding: PackedEmbedding, weight: QuantizedTensor) -> PackedLinear:
