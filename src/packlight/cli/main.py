@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -17,7 +18,6 @@ UsageMistake: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     name="packlight",
     help="Fit a language model into the machine you have, and prove what it cost.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         complain(str(error))
         sys.exit(error.exit_code)
     except UsageMistake as error:
-        complain(f"{error.format_message().removesuffix('.')}: see packlight --help")  # type: ignore[attr-defined]
+        complain(_usage(error))
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted: give the same command again to go on")
@@ -64,3 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(0)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """One sentence of a mistake in the words of the command line, and where to look."""
+    command = "packlight" if error.ctx is None else error.ctx.command_path
+    return f"{error.format_message().removesuffix('.')}: see {command} --help"
