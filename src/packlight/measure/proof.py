@@ -75,7 +75,7 @@ def prove(path: Path, is_portable: bool = True) -> Iterator[Measurement]:
     yield Measurement("packed_modules", ours["packed_modules"], "1", "packed", note=f"kernels: {ours['kernels']}")
     if not is_portable:
         yield Measurement(
-            "proof_transformers_kl", None, "nats", "packed", note="stock transformers cannot load this mix of grids"
+            "proof_transformers_kl", None, "nats", "packed", note="the installed transformers cannot load this"
         )
         return
     stock = _ask(["-P", child.script("stock_load.py")], asked, "stock transformers")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from packlight.plan.layout import artifact_bytes, matrix_shape
@@ -23,6 +24,8 @@ MEMORY_MARGIN = 1.02
 """A prediction counts as within a budget when it leaves this much room for its own error."""
 GROUPS = (32, 64, 128)
 
+DEQUANTIZES_FROM = (5, 21)
+"""The transformers that learned to de-quantize compressed-tensors checkpoints while loading."""
 EMBEDDING_WEIGHT = 1.3
 """What an error in the embedding or the head costs beside one in a block, per parameter. On the demo model, 4 bits in
 groups of 32, the KL that the tied embedding adds is 1.3 to 1.6 times its share (C4, and the bundled text); on
@@ -76,15 +79,21 @@ def fits(precision: Precision, spec: ModelSpec) -> bool:
 
 
 def loads_in_transformers(precision: Precision, spec: ModelSpec) -> bool:
-    """Whether stock transformers with compressed-tensors 0.20 loads what packlight writes for this precision.
+    """Whether the installed stock transformers with compressed-tensors loads what packlight writes for this precision.
 
-    One grid loads, symmetric or not, with or without the embeddings (`dequantize` in the quantization config). It
-    does not load two grids of which one is the embedding's, fused experts, or Conv1D matrices.
+    One grid loads; with zero points or with packed embeddings from transformers 5.21 on, which de-quantizes every
+    matrix while it loads. Two different grids do not load, nor do fused experts or Conv1D matrices.
     """
     if precision.linear is not None and precision.embedding not in (None, precision.linear):
         return False
+    grids = [grid for grid in (precision.linear, precision.embedding) if grid is not None]
+    if not grids:
+        return True
     has_experts = any(tensor.kind == "expert" or ".experts." in tensor.name for tensor in spec.tensors)
-    return precision.linear is None or not (has_experts or spec.model_type in _CONV1D_FAMILIES)
+    if has_experts or spec.model_type in _CONV1D_FAMILIES:
+        return False
+    is_plain = precision.embedding is None and all(grid.symmetric for grid in grids)
+    return is_plain or _installed_transformers() >= DEQUANTIZES_FROM
 
 
 def rank(
@@ -138,6 +147,16 @@ def grid_error(grid: Grid, cols: int) -> float:
     count = grid.group_size or cols
     squared_range = 4 * _mean_square_of_largest_magnitude(count) if grid.symmetric else _mean_square_of_range(count)
     return squared_range / float(2**grid.bits - 1) ** 2 / 12
+
+
+@cache
+def _installed_transformers() -> tuple[int, int]:
+    """Major and minor version; the newest known where none is installed, as on a machine that only plans."""
+    try:
+        major, minor, *_ = version("transformers").split(".")
+    except PackageNotFoundError:
+        return DEQUANTIZES_FROM
+    return int(major), int(minor)
 
 
 def _dense(spec: ModelSpec) -> list[Precision]:

@@ -45,7 +45,7 @@ the environment that produced them.
 ## How to load it
 
 ```
-pip install transformers compressed-tensors
+pip install 'transformers>=5.21' compressed-tensors
 ```
 
 ```python
