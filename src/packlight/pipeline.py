@@ -21,12 +21,12 @@ from safetensors import safe_open
 from packlight import evidence
 from packlight.checkpoint import save
 from packlight.checkpoint.open import Checkpoint, open_checkpoint
-from packlight.checkpoint.tensors import check_architecture
+from packlight.checkpoint.tensors import check_architecture, has_nan
 from packlight.compress import run as compress
 from packlight.compress.registry import build
 from packlight.compress.step import Step
 from packlight.compress.walk import WalkResult
-from packlight.errors import BudgetError, ProofError
+from packlight.errors import BudgetError, CheckpointError, ProofError
 from packlight.evidence import LEDGER_NAME, Ledger, Measurement
 from packlight.measure import proof
 from packlight.measure.bandwidth import hardware as find_hardware
@@ -39,7 +39,7 @@ from packlight.measure.size import disk_size, size_rows
 from packlight.measure.text import load_text, windows
 from packlight.plan.layout import Layout, artifact_bytes, tensor_layout
 from packlight.plan.memory import disk_bytes, runtime_bytes
-from packlight.plan.recipes import Candidate, candidates, loads_in_transformers, rank, smallest
+from packlight.plan.recipes import MEMORY_MARGIN, Candidate, candidates, loads_in_transformers, rank, smallest
 from packlight.plan.speed import decode_speed, prefill_speed
 from packlight.report.card import model_card
 from packlight.runtime.allocator import weights_apart
@@ -141,6 +141,9 @@ def fit(
     if save.made_earlier(out, request):
         watcher.say(f"{out} was made by the same request: nothing to do")
         return _judged(out, evidence.read(out / LEDGER_NAME), budget)
+    save.refuse_existing(out)
+    # What is out of reach whatever the speed is said before the seconds that a probe takes.
+    choose(checkpoint.spec, replace(budget, min_tps=None), find_hardware(threads, is_probed=False))
     machine = probe(watcher, threads)
     chosen = choose(checkpoint.spec, budget, machine)
     watcher.say(f"chose {chosen.precision}: {_promise(chosen)}")
@@ -166,6 +169,7 @@ def quantize(model: str, out: Path, step: Step, watcher: Watcher, layout: Layout
     if save.made_earlier(out, request):
         watcher.say(f"{out} was made by the same request: nothing to do")
         return Made(out, evidence.read(out / LEDGER_NAME))
+    save.refuse_existing(out)
     rows = _make(checkpoint, step, out, request, layout, lambda packed, ledger: None, watcher)
     return Made(out, rows)
 
@@ -179,15 +183,23 @@ def evaluate(models: Sequence[str], yardstick: Yardstick, watcher: Watcher, thre
         UsageError: bad input, or models whose vocabularies differ.
     """
     opened = [_open(model) for model in models]
-    cut, note = _windows(opened[0], yardstick)
+    for model, checkpoint in zip(models, opened, strict=True):
+        if checkpoint.spec.vocab_size != opened[0].spec.vocab_size:
+            raise CheckpointError(
+                f"the vocabularies of {models[0]} and {model} have {opened[0].spec.vocab_size} and "
+                f"{checkpoint.spec.vocab_size} tokens: only models with the same tokenizer can be compared"
+            )
+    longest = min(checkpoint.spec.max_context for checkpoint in opened)
+    cut, note = _windows(opened[0], replace(yardstick, window=min(yardstick.window, longest)))
     watcher.say(f"text: {note}")
     rows: list[list[Measurement]] = []
     reference: Reference | None = None
     for model, checkpoint in zip(models, opened, strict=True):
+        # Quality first: what is wrong with a checkpoint shows when it is loaded, here in a sentence of its own.
+        quality, reference = _quality(checkpoint, model, cut, note, reference, watcher)
         tick = watcher.stage(f"speed and memory of {model}", 1)
         measured = footprint(checkpoint.path, len(cut[0]), threads=threads).rows(model)
         tick()
-        quality, reference = _quality(checkpoint, model, cut, note, reference, watcher)
         made = [*size_rows(checkpoint, model), *measured, *quality]
         rows.append(evidence.stamped(made, torch.get_num_threads()))
     return Compared(note, len(cut) * len(cut[0]), len(cut[0]), rows)
@@ -228,9 +240,14 @@ def choose(spec: ModelSpec, budget: Budget, machine: Hardware) -> Candidate:
     if judged and judged[0].is_feasible:
         return judged[0]
     least = smallest(judged)
+    total = least.memory.total
+    reasons = list(least.reasons)
+    if budget.memory_bytes is not None and total * MEMORY_MARGIN > budget.memory_bytes:
+        # Half a percent more, as the number is written with three digits and may be rounded down.
+        reasons.append(f"allow {format_size(total * MEMORY_MARGIN * 1.005)} or more")
     raise BudgetError(
-        f"no recipe fits: the smallest, {least.precision}, needs {format_size(least.memory.total)} at a context of "
-        f"{budget.context} for {budget.users} user{'s' * (budget.users > 1)} and it {'; '.join(least.reasons)}"
+        f"no recipe fits: the smallest, {least.precision}, takes {format_size(total)} at a context of "
+        f"{budget.context} for {budget.users} user{'s' * (budget.users > 1)}: {'; '.join(reasons)}"
     )
 
 
@@ -385,6 +402,8 @@ def _quality(
     reference: Reference | None,
     watcher: Watcher,
 ) -> tuple[list[Measurement], Reference]:
+    if damaged := next((name for name, entry in checkpoint.index.items() if has_nan(entry)), None):
+        raise CheckpointError(f"{checkpoint.source} holds a NaN or an infinity in {damaged}: download it again")
     tick = watcher.stage(f"quality of {subject}", len(cut))
     model = load_model(checkpoint)
     if reference is None:
@@ -427,7 +446,8 @@ def _windows(checkpoint: Checkpoint, yardstick: Yardstick) -> tuple[list[list[in
     """The windows that quality is measured on, and the line that describes them."""
     text = load_text(yardstick.data)
     window = min(yardstick.window, checkpoint.spec.max_context)
-    ids = load_tokenizer(checkpoint)(text.content, add_special_tokens=False)["input_ids"]
+    # verbose=False: a text is longer than the model's context, and is cut into windows here
+    ids = load_tokenizer(checkpoint)(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     cut = windows(ids, window, yardstick.tokens)
     tokens = len(cut) * window
     return cut, f"{text.name} (sha256 {text.sha256[:12]}), {tokens} tokens in {len(cut)} windows of {window}"
@@ -436,7 +456,7 @@ def _windows(checkpoint: Checkpoint, yardstick: Yardstick) -> tuple[list[list[in
 def _proof_ids(checkpoint: Checkpoint) -> list[int]:
     """The start of the bundled text as the model's own tokens."""
     opening = load_text().content[: 16 * PROOF_TOKENS]
-    ids = load_tokenizer(checkpoint)(opening, add_special_tokens=False)["input_ids"]
+    ids = load_tokenizer(checkpoint)(opening, add_special_tokens=False, verbose=False)["input_ids"]
     return list(ids[: min(PROOF_TOKENS, checkpoint.spec.max_context)])
 
 

@@ -34,6 +34,8 @@ DEMO = "demo"
 CONFIG_NAME = "config.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_OTHER_TASK = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w*$")
+"""What transformers calls classes for other tasks: ForMaskedLM, ForSequenceClassification and so on."""
 _FILE_SUFFIXES = (".gguf", ".json", ".safetensors", *PICKLE_SUFFIXES)
 _ALLOWED = "give a checkpoint directory, a .gguf file, a llama2.c .bin file, a hub id such as org/name, or demo"
 # A zip archive, and the first two bytes of pickle protocols 2 to 5.
@@ -125,7 +127,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """A `config.json`, refused where it asks for remote code or names no architecture.
 
     Raises:
-        CheckpointError: unreadable, invalid JSON, `auto_map`, or no `architectures`.
+        CheckpointError: unreadable, invalid JSON, `auto_map`, no `architectures`, or one for another task.
     """
     config = load_json(path)
     if config.get("auto_map"):
@@ -135,6 +137,11 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     if not config.get("architectures"):
         raise CheckpointError(f"{path} names no architectures: give a causal language model's own config.json")
+    names = config["architectures"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path} names the architectures {names!r}: a list of class names is expected")
+    if other := next((name for name in names if _OTHER_TASK.search(name)), None):
+        raise CheckpointError(f"{path} describes a {other}: give a causal language model")
     return config
 
 

@@ -11,6 +11,9 @@ from packlight.cli import options
 from packlight.cli.output import print_json
 from packlight.errors import UsageError
 
+MAX_SEED = 2**32
+"""Seeds below this one are all that anybody needs, and torch takes them."""
+
 
 def generate(
     model: options.Model,
@@ -32,6 +35,10 @@ def generate(
     """
     if not prompt:
         raise UsageError("--prompt is empty: give some text")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python passes bytes that are not UTF-8
+        raise UsageError("--prompt is not UTF-8 text: give it in that encoding")
+    if not 0 <= seed < MAX_SEED:
+        raise UsageError(f"--seed is 0 to {MAX_SEED - 1}, not {seed}")
     from packlight.runtime.answer import answer
     from packlight.runtime.generate import Sampling
 

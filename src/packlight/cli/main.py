@@ -63,6 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         sys.exit(0)
+    except MemoryError:
+        complain("this machine's memory is not enough: close other programs, or choose a smaller model or context")
+        sys.exit(1)
+    except OSError as error:  # a file that went away, a disk that failed: not for us to mend, nor a bug
+        complain(f"{error.filename or 'the system'}: {error.strerror or error}")
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,9 @@ import typer
 
 from packlight.errors import UsageError
 from packlight.spec import Budget, parse_size
+
+MOST_TOKENS, MOST_USERS = 10**9, 10**6
+"""Beyond any model and any machine; a plan's sizes stay readable up to here."""
 
 Model = Annotated[
     str,
@@ -45,8 +49,11 @@ def budget(
 ) -> Budget:
     """A budget from the command line. Raises UsageError for values that no budget can have."""
     for name, value in (("--min-tps", min_tps), ("--max-loss", max_loss_pct)):
-        if value is not None and not value > 0:
-            raise UsageError(f"{name} must be positive, not {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{name} must be a positive number, not {value}")
+    for name, count, most in (("--context", context, MOST_TOKENS), ("--users", users, MOST_USERS)):
+        if count > most:
+            raise UsageError(f"{name} is at most {most:,}, not {count}")
     return Budget(None if memory is None else parse_size(memory), context, users, min_tps, max_loss_pct)
 
 
@@ -54,7 +61,7 @@ def parse_group(text: str) -> int | None:
     """A group size: a number of columns, or None for 'row'. Raises UsageError for anything else."""
     if text == "row":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10) or int(text) < 1:
         raise UsageError(f"--group-size is a number of columns such as 32, or row, not {text!r}")
     return int(text)
 

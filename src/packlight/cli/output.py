@@ -115,8 +115,8 @@ def rows_as_json(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
 
 
 def complain(message: str) -> None:
-    """One sentence on stderr."""
-    print(f"packlight: {message}", file=sys.stderr)
+    """One sentence on one line of stderr, also where a library's words in it have several."""
+    print(f"packlight: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _finite(value: Any) -> Any:

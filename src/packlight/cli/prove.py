@@ -9,6 +9,7 @@ import typer
 
 from packlight.cli import options
 from packlight.cli.output import print_json, progress, rows_as_json
+from packlight.errors import CheckpointError
 
 
 def prove(
@@ -24,8 +25,13 @@ def prove(
 
       packlight prove build/demo
     """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory: give an artifact that packlight saved")
+    from packlight.measure.proof import PROOF_NAME
     from packlight.pipeline import prove as run
 
+    if not (directory / PROOF_NAME).is_file():
+        raise CheckpointError(f"{directory} holds no {PROOF_NAME}: give an artifact that packlight saved")
     with progress(quiet) as shown:
         tick = shown.stage(f"proving {directory} in fresh processes", 1)
         rows = run(directory)

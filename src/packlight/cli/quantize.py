@@ -13,6 +13,7 @@ from packlight.errors import UsageError
 
 
 def quantize(
+    typed: typer.Context,
     model: options.Model,
     out: options.Out,
     method: Annotated[str, typer.Option("--method", help="cast or rtn.")] = "rtn",
@@ -46,6 +47,8 @@ def quantize(
       packlight quantize demo --method cast --dtype bfloat16 --out build/bf16
     """
     group = options.parse_group(group_size)
+    if method == "cast":
+        _refuse_typed(typed, "cast", ("bits", "group_size", "symmetric", "embeddings", "layout"))
     if layout not in ("pack-quantized", "int-quantized"):
         raise UsageError(f"--layout is pack-quantized or int-quantized, not {layout!r}")
     from packlight.compress.registry import build
@@ -63,3 +66,11 @@ def quantize(
         print_json({"out": str(made.path), "rows": rows_as_json(made.rows)})
         return
     print_rows(made.rows, f"{model} -> {made.path}")
+
+
+def _refuse_typed(typed: typer.Context, method: str, names: tuple[str, ...]) -> None:
+    """Raises UsageError for a flag that was given and that the method would pass over in silence."""
+    for name in names:
+        source = typed.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"{method} takes no --{name.replace('_', '-')}")

@@ -27,7 +27,10 @@ def report(
     """
     from packlight.evidence import LEDGER_NAME, read
 
-    rows = read(directory / LEDGER_NAME)
+    try:
+        rows = read(directory / LEDGER_NAME)
+    except (ValueError, TypeError, NotADirectoryError) as error:
+        raise CheckpointError(f"{directory / LEDGER_NAME} is damaged ({error}): make the artifact again") from error
     if not rows:
         raise CheckpointError(f"{directory} holds no {LEDGER_NAME}: give an artifact that packlight saved")
     if json:

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.packed import decode, stored_tensors
@@ -62,6 +63,7 @@ def run(
     work.mkdir(parents=True, exist_ok=True)
     model = empty_model(checkpoint, step.precision.dtype)
     check_names(checkpoint, model)
+    _refuse_missing(checkpoint, model)
     _refuse_foreign_modules(step, checkpoint, model)
     rows: dict[int, Measurement] = {}
 
@@ -77,6 +79,7 @@ def run(
         nonlocal current
         for block in walk(checkpoint, model, proof_ids, windows, store, restore, result):
             current = block
+            _refuse_not_finite(block)
             yield block
 
     # A row arrives before the walk goes on, so `store` finds it when the walk stores the block.
@@ -99,6 +102,11 @@ def _store(block: Block, work: Path, layout: str, dtype: str, row: Measurement) 
             continue
         tensor = block.tensor(name)
         tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+    # Of a packed matrix this is the de-quantized one: a scale that fits into the dtype may still multiply to infinity.
+    for name in block.tensors:
+        tensor = block.tensor(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(getattr(torch, dtype))).all()):
+            raise CheckpointError(f"{name} holds values that are not finite in {dtype}: choose a wider dtype")
     target = work / f"{block.index:04d}.safetensors"
     half = target.with_suffix(".part")
     kept = {key: value for key, value in dataclasses.asdict(row).items() if value not in (None, {})}
@@ -125,6 +133,27 @@ def _restore(block: Block, work: Path, step: Step, model: nn.Module, rows: dict[
             }
             put_(model, name, decode(parts, grid, base).dequantize())
     return True
+
+
+def _refuse_missing(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Every parameter must be stored under one of its names; a tied one has several."""
+    model.tie_weights()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    missing = [same[0] for same in names.values() if checkpoint.index.keys().isdisjoint(same)]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {len(missing)} tensors of its architecture, the first is {missing[0]}"
+        )
+
+
+def _refuse_not_finite(block: Block) -> None:
+    """Norms and biases too, which no method looks at: one NaN makes the whole model say nothing."""
+    for name in block.tensors:
+        tensor = block.tensor(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name} holds a NaN or an infinity: repair the checkpoint first")
 
 
 def _refuse_foreign_modules(step: Step, checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -220,7 +220,8 @@ def _stages(
     prefix = next(name for name, module in model.named_modules() if module is layers)
     head = model.get_output_embeddings()
     head_name = next((name for name, module in model.named_modules() if module is head), "lm_head")
-    stored = sorted(checkpoint.index)
+    known = {tensor.name for tensor in checkpoint.spec.tensors}
+    stored = sorted(name for name in checkpoint.index if name in known)  # without a tied head's second copy
     head_tensors = [name for name in stored if name.startswith(f"{head_name}.")]
     stages: list[tuple[str, BlockKind, nn.Module, list[str]]] = []
     for place, module in enumerate(layers):

@@ -98,7 +98,10 @@ def read_proof(path: Path) -> dict[str, Any]:
     file = path / PROOF_NAME
     if not file.is_file():
         raise ProofError(f"{path} holds no {PROOF_NAME}: only artifacts that packlight saved can be proved")
-    proof: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        proof: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ProofError(f"{file} is damaged ({error}): make the artifact again") from error
     return proof
 
 

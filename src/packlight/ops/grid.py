@@ -87,6 +87,8 @@ def fit(
     low, high = low.clamp(max=0), high.clamp(min=0)  # zero must be on the grid: padding and pruned weights stay zero
     scale = _positive((high - low) / steps, scale_dtype)
     zero_point = (grid.qmin - low / scale.float()).round().clamp(grid.qmin, grid.qmax)
+    # A group of zeros has any zero point; with 0 its codes are 0 too, and a kernel has no large numbers to cancel out.
+    zero_point = torch.where(high > low, zero_point, torch.zeros_like(zero_point))
     return scale, zero_point.to(torch.int8)
 
 

@@ -18,7 +18,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    budget, machine = plan["budget"], plan["hardware"]
+    budget = plan["budget"]
     title = (
         f"{plan['model']}: {plan['architecture']}, {plan['num_params']:,} parameters in {plan['dtype']}; "
         f"context {budget['context']}, users {budget['users']}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from packlight.checkpoint.open import open_checkpoint
+from packlight.checkpoint.tensors import check_architecture
 from packlight.runtime.generate import Sampling, generate, prompt_ids, stop_ids, stream_text
 from packlight.runtime.load import load_model, load_tokenizer
 
@@ -43,8 +44,9 @@ def answer(model: str, prompt: str, sampling: Sampling, is_raw: bool = False, th
     if threads is not None:
         torch.set_num_threads(threads)
     checkpoint = open_checkpoint(model)
+    check_architecture(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint)
-    ids = list(tokenizer(prompt)["input_ids"]) if is_raw else prompt_ids(tokenizer, prompt)
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"]) if is_raw else prompt_ids(tokenizer, prompt)
     loaded = load_model(checkpoint)
     made = Answer(ids, iter(()), limit=sampling.max_tokens)
 

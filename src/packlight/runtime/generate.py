@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from packlight.errors import UsageError
+from packlight.errors import CheckpointError, UsageError
 from packlight.plan.memory import PREFILL_CHUNK
 from packlight.runtime import kv_cache
 
@@ -71,6 +71,7 @@ def generate(
 
     Raises:
         UsageError: an empty prompt, or a prompt and answer longer than the model's context.
+        CheckpointError: the model computes NaN.
     """
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not ids:
@@ -81,6 +82,8 @@ def generate(
     cache = kv_cache.allocate(model.config, len(ids) + room)
     generator = torch.Generator().manual_seed(sampling.seed)
     logits = prefill(model, torch.tensor([ids]), cache)
+    if bool(torch.isnan(logits).any()):
+        raise CheckpointError("the model computes NaN: its weights are damaged, download it again")
     for made in range(room):
         token = sample(logits, sampling, generator)
         if int(token) in stop_ids:
@@ -116,7 +119,7 @@ def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> It
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """A user's message through the chat template, or the plain text where the checkpoint has no template."""
     if tokenizer.chat_template is None:
-        return list(tokenizer(prompt)["input_ids"])
+        return list(tokenizer(prompt, verbose=False)["input_ids"])
     message = [{"role": "user", "content": prompt}]
     encoded: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])

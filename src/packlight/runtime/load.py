@@ -7,11 +7,12 @@ place; the peak is the finished model plus one tensor.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -63,8 +64,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint.path} has no tokenizer that transformers can read: {error}") from error
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(": ")
+        raise CheckpointError(f"{checkpoint.path} has no tokenizer that transformers can read: {reason}") from error
 
 
 def empty_model(checkpoint: Checkpoint, dtype: str | None = None, **changes: int) -> PreTrainedModel:
@@ -73,17 +75,19 @@ def empty_model(checkpoint: Checkpoint, dtype: str | None = None, **changes: int
     Args:
         dtype: of the parameters; default: as stored.
         changes: other values for fields of the config, such as fewer layers.
+
+    Raises:
+        CheckpointError: the config holds values that no model can be built from.
     """
-    with _quiet():
-        config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # packed modules are put in place here, not by transformers
-        for field, value in changes.items():
-            setattr(config.get_text_config(decoder=True), field, value)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype or checkpoint.spec.dtype)
-            )
+    try:
+        with _quiet():
+            model = _build_on_meta(checkpoint, dtype or checkpoint.spec.dtype, changes)
+    except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"transformers cannot build the model that {checkpoint.path / 'config.json'} describes: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
     _fill_buffers_(model)
     model.eval()  # a model from a config is in training mode, where some architectures drop activations out
     return model
@@ -138,6 +142,17 @@ def put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
+
+
+def _build_on_meta(checkpoint: Checkpoint, dtype: str, changes: Mapping[str, int]) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # packed modules are put in place here, not by transformers
+    for field, value in changes.items():
+        setattr(config.get_text_config(decoder=True), field, value)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return model
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], old: Any) -> None:
@@ -205,9 +220,22 @@ def _refuse_meta(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 def _load_through_transformers(checkpoint: Checkpoint, dtype: str | None) -> PreTrainedModel:
     """For checkpoints whose names transformers itself translates on loading (fused experts)."""
     with _quiet():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(checkpoint.path), dtype=dtype or checkpoint.spec.dtype, local_files_only=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(checkpoint.path),
+            dtype=dtype or checkpoint.spec.dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    model: PreTrainedModel = loaded[0]
+    info = loaded[1]
+    # transformers fills what is missing with random numbers and drops what it does not know.
+    for names, what in ((info["missing_keys"], "lacks"), (info["unexpected_keys"], "holds more than")):
+        if names:
+            raise CheckpointError(
+                f"{checkpoint.path} {what} the tensors of its architecture, such as {sorted(names)[0]}: "
+                "its config and its weights do not belong together"
+            )
     model.eval()
     return model
 

@@ -50,9 +50,10 @@ class Rtn:
     needs_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for given in (self.bits, self.embeddings):
-            if given not in (4, 8, None):
-                raise UsageError(f"rtn rounds to 8 or 4 bits, not {given}")
+        if self.bits not in (4, 8) or self.embeddings not in (4, 8, None):
+            wrong = self.embeddings if self.bits in (4, 8) else self.bits
+            raise UsageError(f"rtn rounds to 8 or 4 bits, not {wrong}")
+        _ = self.precision  # checks the group size and the dtype
 
     @property
     def precision(self) -> Precision:

@@ -1,0 +1,45 @@
+"""Methods by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from packlight.compress.cast import Cast
+from packlight.compress.quantize.rtn import Rtn
+from packlight.compress.registry import METHODS, build, method_class
+from packlight.errors import UsageError
+
+
+def test_every_entry_is_the_class_of_that_name() -> None:
+    for name in METHODS:
+        assert method_class(name).name == name
+    assert method_class("rtn") is Rtn
+
+
+def test_options_are_handed_on() -> None:
+    assert build({"method": "rtn", "bits": 8, "group_size": None}) == Rtn(8, None)
+    assert build({"method": "cast", "dtype": "float16"}) == Cast("float16")
+
+
+def test_building_leaves_the_options_alone() -> None:
+    options = {"method": "rtn", "bits": 8}
+    build(options)
+    assert options == {"method": "rtn", "bits": 8}
+
+
+@pytest.mark.parametrize("options", [{}, {"method": None}, {"method": ""}, {"method": "awq"}])
+def test_an_unknown_method_names_the_known_ones(options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"there is no method .*: choose one of cast, rtn"):
+        build(options)
+
+
+def test_listing_the_methods_imports_none() -> None:
+    code = (
+        "import sys, packlight.compress.registry as registry; list(registry.METHODS);"
+        "print([name for name in sys.modules if name in ('packlight.compress.cast', 'packlight.compress.quantize')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
