@@ -69,9 +69,9 @@ def read(ledger: Path) -> list[Measurement]:
     if not ledger.exists():
         return []
     rows = []
-    for line in ledger.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(Measurement(**json.loads(line)))
+    # split("\n"), because splitlines() also cuts at U+2028, which JSON allows inside a string
+    for line in ledger.read_text(encoding="utf-8").split("\n")[:-1]:
+        rows.append(Measurement(**json.loads(line)))
     return rows
 
 

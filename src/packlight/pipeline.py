@@ -334,7 +334,7 @@ def _compress(
         taken_s, peak = time.monotonic() - start, peak_bytes() - base
         ledger.add([Measurement("job_peak_bytes", peak, "bytes", PACKED, predicted=claim.peak_bytes)])
         ledger.add([Measurement("job_s", taken_s, "s", PACKED, predicted=60 * claim.minutes)])
-    proof.record(work.artifact, ids, result.proof_logits)
+    proof.record(work.artifact, ids, result.proof_logits, compress.digests(work.blocks))
 
 
 def _block_reader(blocks: Path) -> Callable[[str], Any]:

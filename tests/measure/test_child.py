@@ -38,7 +38,6 @@ def test_a_child_that_dies(code: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(reason="ask hands the JSON error on as it is")
 def test_a_child_that_answers_with_something_else() -> None:
     with pytest.raises(MeasurementError):
         child.ask(["-c", "print('garbage')"], {})

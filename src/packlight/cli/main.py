@@ -12,6 +12,7 @@ from packlight.cli.output import complain
 from packlight.errors import PacklightError
 
 INTERRUPTED = 130
+GO_ON = "interrupted: give the same command again to go on"
 UsageMistake: type[Exception] = typer.BadParameter.__mro__[1]
 """UsageError of click, or of the copy of click that newer versions of typer carry and do not export."""
 
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         complain(_usage(error))
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted: give the same command again to go on")
+        complain(GO_ON)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # a file that went away, a disk that failed: not for us to mend, nor a bug
         complain(f"{error.filename or 'the system'}: {error.strerror or error}")
         sys.exit(1)
+    if code == INTERRUPTED:  # what some versions of typer make of Ctrl-C
+        complain(GO_ON)
     sys.exit(code if isinstance(code, int) else 0)
 
 

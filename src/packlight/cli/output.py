@@ -105,7 +105,8 @@ def print_rows(rows: Sequence[Measurement], title: str) -> None:
 
     from packlight.report.table import rich_table
 
-    Console(highlight=False).print(rich_table(rows, title))
+    print(title)  # not as the table's own, which is wrapped to the table's width
+    Console(highlight=False).print(rich_table(rows))
 
 
 def rows_as_json(rows: Sequence[Measurement]) -> list[dict[str, Any]]:

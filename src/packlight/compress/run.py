@@ -24,6 +24,7 @@ from packlight.compress.step import Step
 from packlight.compress.walk import Block, WalkResult, check_names, walk
 from packlight.errors import CheckpointError, UsageError
 from packlight.evidence import Measurement
+from packlight.ops.grid import tensor_digest
 from packlight.runtime.load import empty_model, put_
 from packlight.runtime.packed import embedding_factor
 
@@ -94,6 +95,15 @@ def block_files(work: Path) -> list[Path]:
     return sorted(work.glob("[0-9]*.safetensors"))
 
 
+def digests(work: Path) -> dict[str, str]:
+    """`tensor_digest` of every tensor of the result, de-quantized, as it was in memory when its block was finished."""
+    found: dict[str, str] = {}
+    for path in block_files(work):
+        with safe_open(path, framework="pt") as stored:
+            found.update(json.loads(stored.metadata()["notes"])["digests"])
+    return found
+
+
 def _store(block: Block, work: Path, layout: str, dtype: str, row: Measurement) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for name in block.tensors:
@@ -103,14 +113,19 @@ def _store(block: Block, work: Path, layout: str, dtype: str, row: Measurement) 
         tensor = block.tensor(name)
         tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
     # Of a packed matrix this is the de-quantized one: a scale that fits into the dtype may still multiply to infinity.
+    seen: dict[str, str] = {}
     for name in block.tensors:
         tensor = block.tensor(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(getattr(torch, dtype))).all()):
+        tensor = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} holds values that are not finite in {dtype}: choose a wider dtype")
+        seen[name] = tensor_digest(tensor)
     target = work / f"{block.index:04d}.safetensors"
     half = target.with_suffix(".part")
     kept = {key: value for key, value in dataclasses.asdict(row).items() if value not in (None, {})}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half, {"row": json.dumps(kept)})
+    # One key only: safetensors writes several in no fixed order, and the same block must give the same bytes.
+    notes = {"notes": json.dumps({"row": kept, "digests": seen})}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half, notes)
     half.replace(target)
 
 
@@ -119,7 +134,7 @@ def _restore(block: Block, work: Path, step: Step, model: nn.Module, rows: dict[
     if not path.exists():
         return False
     with safe_open(path, framework="pt") as stored:
-        rows[block.index] = Measurement(**json.loads(stored.metadata()["row"]))
+        rows[block.index] = Measurement(**json.loads(stored.metadata()["notes"])["row"])
         names = set(stored.keys())
         for name in block.tensors:
             base = name.removesuffix(".weight")

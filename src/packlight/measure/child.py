@@ -37,7 +37,10 @@ def ask(arguments: Sequence[str], request: Mapping[str, Any], threads: int | Non
     if done.returncode != 0 or not lines:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
         raise MeasurementError(f"the measuring process ended with code {done.returncode}: {said}")
-    answer: dict[str, Any] = json.loads(lines[-1])
+    try:
+        answer: dict[str, Any] = json.loads(lines[-1])
+    except ValueError as error:
+        raise MeasurementError(f"the measuring process answered with {lines[-1][:80]!r}, which is no JSON") from error
     return answer
 
 

@@ -4,6 +4,8 @@
 from the tensors that were in memory. `prove` loads the artifact in fresh processes, once with packlight's runtime and
 once with stock transformers, and compares. Nothing is called saved before that.
 
+Besides, `record` keeps a hash of every tensor, de-quantized, and `prove` compares those of what is read back.
+
 The distance is the KL divergence restricted to the recorded tokens, sum p (log p - log q) in nats, as a mean over
 positions. Loading the same numbers gives differences of rounding only; a wrong nibble order, a lost zero point or a
 fallback to another precision gives far more.
@@ -12,16 +14,19 @@ fallback to another precision gives far more.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from packlight.checkpoint.open import Checkpoint, open_checkpoint
+from packlight.checkpoint.packed import packed_names, read_quantized
+from packlight.checkpoint.tensors import read_tensor
 from packlight.errors import MeasurementError, ProofError
 from packlight.evidence import Measurement
 from packlight.measure import child
+from packlight.ops.grid import tensor_digest
 from packlight.runtime.generate import Sampling, generate
 from packlight.runtime.load import load_model
 from packlight.runtime.packed import PackedEmbedding, PackedLinear
@@ -34,12 +39,13 @@ MAX_KL = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 5e-3}
 GREEDY_TOKENS = 16
 
 
-def record(path: Path, ids: list[int], logits: torch.Tensor) -> None:
+def record(path: Path, ids: list[int], logits: torch.Tensor, digests: Mapping[str, str]) -> None:
     """Write `proof.json` into an artifact.
 
     Args:
         ids: the prompt.
         logits: (tokens, vocab) float32, computed from the tensors that were written.
+        digests: `ops.grid.tensor_digest` of those tensors, de-quantized, by name.
     """
     log_probs = torch.log_softmax(logits[-POSITIONS:], dim=-1)
     top = log_probs.topk(min(RECORDED, log_probs.shape[-1]), dim=-1)
@@ -47,6 +53,7 @@ def record(path: Path, ids: list[int], logits: torch.Tensor) -> None:
         "ids": ids,
         "top_ids": top.indices.tolist(),
         "top_log_probs": [[round(value, 5) for value in row] for row in top.values.tolist()],
+        "digests": dict(sorted(digests.items())),
     }
     (path / PROOF_NAME).write_text(json.dumps(proof) + "\n", encoding="utf-8")
 
@@ -72,6 +79,7 @@ def prove(path: Path, is_portable: bool = True) -> Iterator[Measurement]:
     }
     ours = _ask(["-m", "packlight.measure.proof"], asked, "packlight's runtime")
     yield _compare("proof_runtime_kl", proof, ours, limit, "packlight's runtime")
+    yield _compare_digests(proof, ours["digests"])
     yield Measurement("packed_modules", ours["packed_modules"], "1", "packed", note=f"kernels: {ours['kernels']}")
     if not is_portable:
         yield Measurement(
@@ -134,6 +142,25 @@ def _compare(name: str, proof: dict[str, Any], answer: dict[str, Any], limit: fl
     return Measurement(name, found, "nats", "packed", n=len(answer["log_probs"]), note=f"limit {limit:g}")
 
 
+def _compare_digests(proof: dict[str, Any], found: dict[str, str]) -> Measurement:
+    """Logits do not see a change of one code in millions; the de-quantized tensors themselves do."""
+    other = sorted(name for name, digest in proof["digests"].items() if found.get(name) != digest)
+    if other:
+        raise ProofError(f"{len(other)} tensors of the artifact are not those that were computed, such as {other[0]}")
+    return Measurement("proof_tensors", len(found), "1", "packed", note="de-quantized tensors equal bit for bit")
+
+
+def _digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """Of every logical tensor as it is read back from the files, de-quantized."""
+    packed = packed_names(checkpoint.index)
+    parts = {part for matrix in packed.values() for part in matrix.names}
+    found = {f"{base}.weight": tensor_digest(read_quantized(checkpoint, base).dequantize()) for base in packed}
+    for name, entry in checkpoint.index.items():
+        if name not in parts:
+            found[name] = tensor_digest(read_tensor(entry))
+    return found
+
+
 def _answer(path: str, ids: list[int], top_ids: list[list[int]], max_tokens: int) -> dict[str, Any]:
     checkpoint: Checkpoint = open_checkpoint(path)
     model = load_model(checkpoint)
@@ -145,6 +172,7 @@ def _answer(path: str, ids: list[int], top_ids: list[list[int]], max_tokens: int
     return {
         "log_probs": torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(top_ids)).tolist(),
         "tokens": tokens,
+        "digests": _digests(checkpoint),
         "packed_modules": len(packed),
         "kernels": ", ".join(kernels),
     }

@@ -6,7 +6,9 @@ is `2 max|w| / (2^bits - 1)`, so that the grid spans the full range of a signed 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -115,6 +117,12 @@ def dequantize(
         values -= zero_point.to(scale.dtype).unsqueeze(-1)
     values *= scale.unsqueeze(-1)
     return values.reshape(rows, cols).to(dtype or scale.dtype)
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """sha256 over a tensor's bytes, hex; equal for equal values in equal dtypes and order."""
+    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()
 
 
 def squared_error(exact: torch.Tensor, approximate: torch.Tensor) -> float:

@@ -1,0 +1,236 @@
+"""Ctrl-C and `kill -9` in the middle, then the same command again: the artifact of an undisturbed run, to the byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli import stand_ins
+from tests.cli.driver import Ended, assert_one_sentence, call, contents, listing, run, spawn
+
+from packlight.checkpoint import save
+from packlight.compress import run as compress
+from packlight.evidence import LEDGER_NAME
+
+BLOCKS = 26
+QUANTIZE: tuple[object, ...] = ("-q", "--bits", 4)
+FIT: tuple[object, ...] = ("-q", "--memory", "9MB", "--context", 32, "--window", 32, "--tokens", 256)
+
+
+@pytest.fixture(autouse=True)
+def _cheap(request: pytest.FixtureRequest) -> None:
+    if "slow" not in request.keywords:
+        request.getfixturevalue("stand_ins")
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Blocks in the order in which they are stored by this process."""
+    done: list[int] = []
+    store = compress._store
+
+    def counted(block: Any, *more: Any) -> None:
+        store(block, *more)
+        done.append(block.index)
+
+    monkeypatch.setattr(compress, "_store", counted)
+    return done
+
+
+def interrupt_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: int = 0) -> None:
+    """Ctrl-C when `owner.name` is called for the time after `after`."""
+    real: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def same_artifact(first: Path, second: Path) -> None:
+    a, b = contents(first, [LEDGER_NAME]), contents(second, [LEDGER_NAME])
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name], name
+
+
+def assert_interrupted(ended: Ended) -> None:
+    assert ended.code == 130
+    assert ended.err.strip() == "packlight: interrupted: give the same command again to go on"
+    assert ended.out == ""
+
+
+MOMENTS: list[tuple[Any, str, int]] = [
+    (compress, "_store", 0),
+    (compress, "_store", 1),
+    (compress, "_store", 13),
+    (compress, "_store", 25),
+    (save, "write_shards", 0),
+    (stand_ins.pipeline.proof, "record", 0),
+    (stand_ins.pipeline.proof, "prove", 0),
+    (stand_ins.pipeline, "model_card", 0),
+    (save, "_sync", 2),
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment[1]}-{moment[2]}")
+def test_quantize_goes_on_after_ctrl_c(
+    moment: tuple[Any, str, int], deep_dir: Path, out: Path, tmp_path: Path, stored: list[int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_in(patched, *moment)
+        assert_interrupted(call("quantize", deep_dir, *QUANTIZE, "--out", out))
+    assert not out.exists()
+    first = len(stored)
+    assert call("quantize", deep_dir, *QUANTIZE, "--out", out).code == 0
+    assert stored == list(range(BLOCKS)), f"{first} blocks were finished before, and none is done twice"
+    assert call("quantize", deep_dir, *QUANTIZE, "--out", tmp_path / "undisturbed").code == 0
+    same_artifact(out, tmp_path / "undisturbed")
+    assert list(listing(out.parent)) == ["out", *(f"out/{name}" for name in listing(out))]
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        (compress, "_store", 13),
+        (stand_ins.pipeline, "footprint", 1),
+        (stand_ins.pipeline, "compare", 0),
+        (stand_ins.pipeline.proof, "prove", 0),
+    ],
+    ids=lambda moment: f"{moment[1]}-{moment[2]}",
+)
+def test_fit_goes_on_after_ctrl_c(
+    moment: tuple[Any, str, int], deep_dir: Path, out: Path, tmp_path: Path, stored: list[int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_in(patched, *moment)
+        assert_interrupted(call("fit", deep_dir, *FIT, "--out", out))
+    assert not out.exists()
+    ended = call("fit", deep_dir, *FIT, "--out", out)
+    assert ended.code in (0, 3), ended.err
+    assert stored == list(range(BLOCKS))
+    assert call("fit", deep_dir, *FIT, "--out", tmp_path / "undisturbed").code == ended.code
+    same_artifact(out, tmp_path / "undisturbed")
+
+
+def start_and_end(how: int, after: int, out: Path, *argv: object) -> Ended:
+    """Start a process with a pause after every block, and signal it when `after` blocks are there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.cli.stand_ins", *map(str, argv), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PAUSE": "0.2"},
+    )
+    blocks = out.parent / f".{out.name}.partial" / "blocks"
+    while len(list(blocks.glob("*.safetensors"))) < after and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(how)
+    said, complained = process.communicate(timeout=60)
+    return Ended(process.returncode, said, complained)
+
+
+@pytest.mark.parametrize(("verb", "flags"), [("quantize", QUANTIZE), ("fit", FIT)])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_real_signal(
+    how: signal.Signals,
+    verb: str,
+    flags: tuple[object, ...],
+    deep_dir: Path,
+    out: Path,
+    tmp_path: Path,
+    stored: list[int],
+) -> None:
+    ended = start_and_end(how, 7, out, verb, deep_dir, *flags)
+    if how == signal.SIGINT:
+        assert_interrupted(ended)
+    else:
+        assert ended.code == -signal.SIGKILL
+    assert not out.exists()
+    finished = len(list((out.parent / ".out.partial" / "blocks").glob("*.safetensors")))
+    assert 7 <= finished < BLOCKS
+    done = call(verb, deep_dir, *flags, "--out", out)
+    assert done.code in (0, 3), done.err
+    assert stored == list(range(finished, BLOCKS))
+    assert call(verb, deep_dir, *flags, "--out", tmp_path / "undisturbed").code == done.code
+    same_artifact(out, tmp_path / "undisturbed")
+
+
+def test_another_request_discards_what_is_there(deep_dir: Path, out: Path, stored: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_in(patched, compress, "_store", 13)
+        assert call("quantize", deep_dir, "-q", "--bits", 4, "--out", out).code == 130
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_in(patched, compress, "_store", 3)
+        assert call("quantize", deep_dir, "-q", "--bits", 8, "--out", out).code == 130
+    assert stored == [*range(13), *range(3)]
+    stored.clear()
+    assert call("quantize", deep_dir, "-q", "--bits", 4, "--out", out).code == 0
+    assert stored == list(range(BLOCKS))
+
+
+def test_damage_to_the_model_in_between_is_another_request(tiny: Path, out: Path, stored: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_in(patched, compress, "_store", 2)
+        assert call("quantize", tiny, *QUANTIZE, "--out", out).code == 130
+    config = tiny / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 2e-06'))
+    assert call("quantize", tiny, *QUANTIZE, "--out", out).code == 0
+    assert stored == [0, 1, 0, 1, 2, 3]
+
+
+def test_two_at_once(tiny: Path, out: Path) -> None:
+    with pytest.raises(ZeroDivisionError), save.job(out, {}, 0):
+        before = listing(out.parent)
+        for argv in (("quantize", tiny, *QUANTIZE), ("fit", tiny, *FIT)):
+            assert_one_sentence(call(*argv, "--out", out), says="another process is making")
+        assert listing(out.parent) == before
+        raise ZeroDivisionError
+
+
+def test_a_finished_job_shows_its_result_at_once(tiny: Path, out: Path, stored: list[int]) -> None:
+    flags: tuple[object, ...] = ("--memory", "1GB", "--context", 32, "--window", 32, "--tokens", 256)
+    first = call("fit", tiny, *flags, "-q", "--json", "--out", out)
+    assert first.code == 0, first.err
+    before, stored[:] = contents(out), []
+    start = time.monotonic()
+    again = call("fit", tiny, *flags, "--json", "--out", out)
+    assert time.monotonic() - start < 5
+    assert again.code == 0
+    assert again.out == first.out
+    assert "nothing to do" in again.err
+    assert stored == []
+    for changed in (("--context", 64), ("--users", 2), ("--memory", "2GB"), ("--max-loss", "50"), ("--tokens", 288)):
+        assert_one_sentence(call("fit", tiny, *flags, "-q", *changed, "--out", out), says="exists already")
+    assert_one_sentence(call("quantize", tiny, "-q", "--out", out), says="exists already")
+    assert contents(out) == before
+
+
+@pytest.mark.slow
+def test_fit_with_everything_real_survives_a_kill(deep_dir: Path, out: Path, tmp_path: Path) -> None:
+    """Probe, measuring and proving children and all; killed at several moments of one job."""
+    argv = ("fit", deep_dir, *FIT)
+    for seconds in (6, 9, 14, 20, 30):
+        process = spawn(*argv, "--out", out)
+        try:
+            process.communicate(timeout=seconds)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+    assert run(*argv, "--out", out).code in (0, 3)
+    assert run(*argv, "--out", tmp_path / "undisturbed").code in (0, 3)
+    same_artifact(out, tmp_path / "undisturbed")
