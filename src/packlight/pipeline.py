@@ -44,7 +44,7 @@ from packlight.plan.speed import decode_speed, prefill_speed
 from packlight.report.card import model_card
 from packlight.runtime.allocator import weights_apart
 from packlight.runtime.load import load_model, load_tokenizer
-from packlight.spec import Budget, Hardware, ModelSpec, Precision, format_size
+from packlight.spec import FLOAT_DTYPES, Budget, Hardware, ModelSpec, Precision, format_size
 
 PROOF_TOKENS = 64
 SPARE_BYTES = 10_000_000
@@ -361,8 +361,10 @@ def _measure_pair(
             continue
         tick = watcher.stage(f"speed and memory of the {subject}", 1)
         measured = footprint(checkpoint.path, budget.context, budget.users, threads=machine.threads)
-        precision = checkpoint.spec.stored or Precision(checkpoint.spec.dtype)
-        claims = predictions(checkpoint.spec, precision, budget, machine)
+        claims: dict[str, float] = {}
+        if checkpoint.spec.stored is not None or checkpoint.spec.dtype in FLOAT_DTYPES:  # of float64 nothing is claimed
+            precision = checkpoint.spec.stored or Precision(checkpoint.spec.dtype)
+            claims = predictions(checkpoint.spec, precision, budget, machine)
         ledger.add(replace(row, predicted=claims.get(row.name)) for row in measured.rows(subject))
         tick()
 

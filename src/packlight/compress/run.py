@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -125,8 +127,17 @@ def _store(block: Block, work: Path, layout: str, dtype: str, row: Measurement) 
     kept = {key: value for key, value in dataclasses.asdict(row).items() if value not in (None, {})}
     # One key only: safetensors writes several in no fixed order, and the same block must give the same bytes.
     notes = {"notes": json.dumps({"row": kept, "digests": seen})}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half, notes)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half, notes)
+    except SafetensorError as error:
+        raise _as_os_error(error, half) from error
     half.replace(target)
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> Exception:
+    """What the system said, such as a full disk, which safetensors passes on in words only."""
+    code = re.search(r"os error (\d+)", str(error))
+    return error if code is None else OSError(int(code[1]), os.strerror(int(code[1])), str(path))
 
 
 def _restore(block: Block, work: Path, step: Step, model: nn.Module, rows: dict[int, Measurement]) -> bool:
