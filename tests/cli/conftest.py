@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,18 @@ import pytest
 from tests.cli.stand_ins import put_in
 from tests.conftest import TinyModel, save_byte_tokenizer
 
-ChangeConfig = Callable[..., Path]
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are done sooner by one thread, above all where the cores have other work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -36,9 +47,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def deep_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tiny model of 24 layers, so that there is a middle to be interrupted in."""
+    """A tiny model of 12 layers, so that there is a middle to be interrupted in."""
     directory = tmp_path_factory.mktemp("deep") / "deep"
-    save_llama(directory, num_hidden_layers=24)
+    save_llama(directory, num_hidden_layers=12)
     yield directory
 
 
