@@ -7,9 +7,11 @@ the ledger of the job as they arrive, and a job that was cut short passes over t
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +25,10 @@ from packlight.checkpoint import save
 from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.checkpoint.tensors import check_architecture, has_nan
 from packlight.compress import run as compress
+from packlight.compress.calibration import CalibrationText, Prepared, prepare
 from packlight.compress.registry import build
 from packlight.compress.step import Step
-from packlight.compress.walk import WalkResult
+from packlight.compress.walk import Calibration, WalkResult
 from packlight.errors import BudgetError, CheckpointError, ProofError
 from packlight.evidence import LEDGER_NAME, Ledger, Measurement
 from packlight.measure import proof
@@ -37,12 +40,13 @@ from packlight.measure.quality import Reference, evaluate_reference
 from packlight.measure.quality import evaluate as compare
 from packlight.measure.size import disk_size, size_rows
 from packlight.measure.text import load_text, windows
-from packlight.plan.layout import Layout, artifact_bytes, tensor_layout
-from packlight.plan.memory import disk_bytes, runtime_bytes
+from packlight.plan.layout import Layout, artifact_bytes, check_layout, layout_of, tensor_layout
+from packlight.plan.memory import disk_bytes, runtime_bytes, stream_bytes
 from packlight.plan.recipes import MEMORY_MARGIN, Candidate, candidates, loads_in_transformers, rank, smallest
 from packlight.plan.speed import decode_speed, prefill_speed
 from packlight.report.card import model_card
 from packlight.runtime.allocator import weights_apart
+from packlight.runtime.generate import SAMPLED_TOGETHER
 from packlight.runtime.load import load_model, load_tokenizer
 from packlight.spec import FLOAT_DTYPES, Budget, Hardware, ModelSpec, Precision, format_size
 
@@ -148,29 +152,44 @@ def fit(
     chosen = choose(checkpoint.spec, budget, machine)
     watcher.say(f"chose {chosen.precision}: {_promise(chosen)}")
     step = build(step_options(chosen.precision))
+    layout = layout_of(step.precision)
 
     def measure(packed: Checkpoint, ledger: Ledger) -> None:
         _measure_pair(checkpoint, packed, budget, machine, ledger, watcher)
         _quality_pair(checkpoint, packed, cut, note, ledger, watcher)
 
-    return _judged(out, _make(checkpoint, step, out, request, "pack-quantized", measure, watcher), budget)
+    return _judged(out, _make(checkpoint, step, out, request, layout, None, measure, watcher), budget)
 
 
-def quantize(model: str, out: Path, step: Step, watcher: Watcher, layout: Layout = "pack-quantized") -> Made:
+def quantize(
+    model: str,
+    out: Path,
+    step: Step,
+    watcher: Watcher,
+    layout: Layout | None = None,
+    calibration: CalibrationText | None = None,
+) -> Made:
     """Apply one step and prove the result: bytes, errors per block, the job's own cost; `evaluate` measures quality.
+
+    Args:
+        layout: of the artifact; default: the widest-read one that holds the step's precision.
+        calibration: for the steps that read inputs; default: the bundled text.
 
     Raises:
         UsageError: bad input, a step that does not suit the model, or a target that cannot be written.
         ProofError: the artifact does not load back as what was computed.
     """
     checkpoint = _open(model)
+    layout = layout or layout_of(step.precision)
+    check_layout(step.precision, layout)
     compress.check(step, checkpoint)
-    request = _request(checkpoint) | {"layout": layout, "steps": [step.to_dict()]}
+    text = _prepare(checkpoint, step, calibration)
+    request = _request(checkpoint) | {"layout": layout, "steps": [step.to_dict()]} | _text_asked(text)
     if save.made_earlier(out, request):
         watcher.say(f"{out} was made by the same request: nothing to do")
         return Made(out, evidence.read(out / LEDGER_NAME))
     save.refuse_existing(out)
-    rows = _make(checkpoint, step, out, request, layout, lambda packed, ledger: None, watcher)
+    rows = _make(checkpoint, step, out, request, layout, text, lambda packed, ledger: None, watcher)
     return Made(out, rows)
 
 
@@ -271,6 +290,7 @@ def _make(
     out: Path,
     request: dict[str, Any],
     layout: Layout,
+    text: Prepared | None,
     measure: Callable[[Checkpoint, Ledger], None],
     watcher: Watcher,
 ) -> list[Measurement]:
@@ -278,9 +298,11 @@ def _make(
     spec, precision = checkpoint.spec, step.precision
     recipe = {**request, "steps": [step.to_dict()]}
     needed = 2 * disk_bytes(spec, precision, layout).total + SPARE_BYTES
+    if text is not None and text.size.on_disk:
+        needed += stream_bytes(spec, text.size)
     with save.job(out, recipe, needed) as work:
         ledger = Ledger(work.partial / LEDGER_NAME, torch.get_num_threads())
-        _compress(checkpoint, step, work, recipe, layout, ledger, watcher)
+        _compress(checkpoint, step, work, recipe, layout, text, ledger, watcher)
         packed = open_checkpoint(work.artifact)
         if not ledger.has("disk_bytes", PACKED):
             ledger.add(size_rows(checkpoint, ORIGINAL))
@@ -304,6 +326,7 @@ def _compress(
     work: save.Job,
     recipe: Mapping[str, Any],
     layout: Layout,
+    text: Prepared | None,
     ledger: Ledger,
     watcher: Watcher,
 ) -> None:
@@ -313,17 +336,23 @@ def _compress(
     ids = _proof_ids(checkpoint)
     result = WalkResult()
     blocks = checkpoint.spec.num_layers + 2
-    claim = step.plan(checkpoint.spec)
+    claim = step.plan(checkpoint.spec, None if text is None else text.size)
+    if text is not None:
+        place = "on disk" if text.size.on_disk else "in memory"
+        states = format_size(stream_bytes(checkpoint.spec, text.size))
+        watcher.say(f"calibration: {text.note}; {states} of hidden states, {place}")
     cost = f"{format_size(claim.peak_bytes)} of memory and {60 * claim.minutes:.0f} s"
     watcher.say(f"the job itself is planned to take {cost}, {blocks} blocks one by one")
+    calibration = None if text is None else _calibration(text, work, ledger, watcher)
     is_fresh = not compress.block_files(work.blocks)
     flush()
     base, start = current_bytes(), time.monotonic()
     tick = watcher.stage(f"compressing block by block ({step.name})", blocks)
     for _ in compress.block_files(work.blocks):
         tick()
-    with weights_apart():
-        for row in compress.run(step, checkpoint, work.blocks, layout, ids, [], result):
+    # Without calibration nothing large is allocated but weights; with it, mapping every block of memory takes too long.
+    with weights_apart() if calibration is None else nullcontext():
+        for row in compress.run(step, checkpoint, work.blocks, layout, ids, calibration, result):
             ledger.add([row])
             tick()
     stored = tensor_layout(checkpoint.spec, step.precision, layout)
@@ -335,6 +364,28 @@ def _compress(
         ledger.add([Measurement("job_peak_bytes", peak, "bytes", PACKED, predicted=claim.peak_bytes)])
         ledger.add([Measurement("job_s", taken_s, "s", PACKED, predicted=60 * claim.minutes)])
     proof.record(work.artifact, ids, result.proof_logits, compress.digests(work.blocks))
+
+
+def _prepare(checkpoint: Checkpoint, step: Step, calibration: CalibrationText | None) -> Prepared | None:
+    """The calibration text of a step that reads inputs."""
+    if not step.needs_inputs:
+        return None
+    return prepare(checkpoint, calibration or CalibrationText(), step.passes)
+
+
+def _text_asked(text: Prepared | None) -> dict[str, Any]:
+    """What a recipe says about the calibration text."""
+    return {} if text is None else {"calibration": text.asked()}
+
+
+def _calibration(text: Prepared, work: save.Job, ledger: Ledger, watcher: Watcher) -> Calibration:
+    tick: Tick = lambda: None  # noqa: E731 - only the model's own text takes time
+    if text.windows is None:
+        tick = watcher.stage("making up calibration text", math.ceil(text.size.windows / SAMPLED_TOGETHER))
+    calibration, row = text.ready(work.partial, tick)
+    if not ledger.has(row.name, PACKED):
+        ledger.add([row])
+    return calibration
 
 
 def _block_reader(blocks: Path) -> Callable[[str], Any]:

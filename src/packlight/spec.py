@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from packlight.errors import UsageError
@@ -51,6 +53,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         return self.numel * DTYPE_BYTES[self.dtype]
 
+    @property
+    def is_end(self) -> bool:
+        """The input embedding or the LM head."""
+        return self.kind in ("embedding", "head")
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -60,6 +67,8 @@ class Grid:
         bits: 2 to 8.
         group_size: columns that share a scale; None means the whole row.
         symmetric: no zero point; otherwise each scale has an integer zero point of `bits` bits.
+        scale_bits: scales are themselves unsigned codes of this many bits, 4 to 8, times one float for each row
+            ("double quantization", QLoRA, arXiv 2305.14314, section 3); None stores every scale as a float.
 
     Raises:
         UsageError: a value outside these ranges.
@@ -68,12 +77,17 @@ class Grid:
     bits: int
     group_size: int | None = None
     symmetric: bool = True
+    scale_bits: int | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
+        if not (_is_count(self.bits) and 2 <= self.bits <= 8):
             raise UsageError(f"bits must be 2 to 8, not {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
+        if self.group_size is not None and not (_is_count(self.group_size) and self.group_size >= 1):
             raise UsageError(f"group size must be 'row' or a positive number of columns, not {self.group_size}")
+        if self.scale_bits is not None and not (_is_count(self.scale_bits) and 4 <= self.scale_bits <= 8):
+            raise UsageError(f"scale bits must be 4 to 8, not {self.scale_bits}")
+        if self.scale_bits is not None and self.group_size is None:
+            raise UsageError("a scale for each row cannot be quantized along the row: give a group size")
 
     @property
     def qmin(self) -> int:
@@ -102,7 +116,30 @@ class Grid:
 
     def __str__(self) -> str:
         group = "row" if self.group_size is None else f"g{self.group_size}"
-        return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}"
+        scales = "" if self.scale_bits is None else f"-s{self.scale_bits}"
+        return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}{scales}"
+
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        """The grid that `str` writes: 'int4-g64-asym', 'int8-row-sym', 'int3-g32-asym-s6'.
+
+        Raises:
+            UsageError: anything else.
+        """
+        match = _GRID.fullmatch(text)
+        if match is None:
+            raise UsageError(f"a grid is written like int4-g64-asym, int8-row-sym or int3-g32-asym-s6, not {text!r}")
+        bits, group, symmetry, scales = match.groups()
+        size = None if group == "row" else int(group[1:])
+        return cls(int(bits), size, symmetry == "sym", None if scales is None else int(scales))
+
+
+def _is_count(value: object) -> bool:
+    """An integer and no truth value: recipes and --option hold whatever a user wrote."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_GRID = re.compile(r"int(\d)-(row|g\d{1,9})-(sym|asym)(?:-s(\d))?")
 
 
 @dataclass(frozen=True)
@@ -113,29 +150,58 @@ class Precision:
         dtype: of all tensors that are left alone, and of scales; also the compute dtype.
         linear: grid of the matrices inside the blocks; None leaves them in `dtype`.
         embedding: grid of the input embedding and the LM head; None leaves them in `dtype`.
+        tensors: (full tensor name, grid) of those that differ from the rest of their kind.
     """
 
     dtype: str = "bfloat16"
     linear: Grid | None = None
     embedding: Grid | None = None
+    tensors: tuple[tuple[str, Grid | None], ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in FLOAT_DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, not {self.dtype!r}")
 
-    def grid_of(self, kind: TensorKind) -> Grid | None:
-        """The grid that a tensor of this kind is stored on, or None where it stays in `dtype`."""
-        if kind in ("linear", "expert"):
-            return self.linear
-        if kind in ("embedding", "head"):
-            return self.embedding
-        return None
+    @classmethod
+    def of(cls, dtype: str, grids: Mapping[str, Grid | None], tensors: Iterable[TensorSpec]) -> Precision:
+        """The shortest precision that gives every tensor its grid: the most common ones stand for their kinds.
+
+        Args:
+            grids: by full tensor name; one that is missing is left alone.
+            tensors: of the model.
+        """
+        matrices = [tensor for tensor in tensors if tensor.kind != "other"]
+        counts: dict[bool, Counter[Grid | None]] = {True: Counter(), False: Counter()}
+        for tensor in matrices:
+            counts[tensor.is_end][grids.get(tensor.name)] += tensor.numel
+        ends, inner = (counts[is_end].most_common(1)[0][0] if counts[is_end] else None for is_end in (True, False))
+        others = {t.name: grids.get(t.name) for t in matrices if grids.get(t.name) != (ends if t.is_end else inner)}
+        return cls(dtype, inner, ends, tuple(sorted(others.items())))
+
+    @cached_property
+    def _single(self) -> Mapping[str, Grid | None]:
+        return dict(self.tensors)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Every grid that is used, without repetition."""
+        named = [self.linear, self.embedding, *(grid for _, grid in self.tensors)]
+        return tuple(dict.fromkeys(grid for grid in named if grid is not None))
+
+    def grid_of(self, tensor: TensorSpec) -> Grid | None:
+        """The grid that a tensor is stored on, or None where it stays in `dtype`."""
+        if tensor.name in self._single:
+            return self._single[tensor.name]
+        if tensor.kind == "other":
+            return None
+        return self.embedding if tensor.is_end else self.linear
 
     def __str__(self) -> str:
-        if self.linear is None and self.embedding is None:
+        if not self.grids:
             return self.dtype
         embedding = f"+embed-{self.embedding}" if self.embedding else ""
-        return f"{self.linear or self.dtype}{embedding}"
+        others = f"+{len(self.tensors)} others" if self.tensors else ""
+        return f"{self.linear or self.dtype}{embedding}{others}"
 
 
 @dataclass(frozen=True)

@@ -92,11 +92,14 @@ TENSORS = (
             quantized(group(["Linear"]), group(["re:.*embed_tokens$", "lm_head"], 8, None)),
             Precision("bfloat16", Grid(4, 32), Grid(8)),
         ),
-        (quantized(group(["Embedding"], 8, None)), Precision("bfloat16", None, Grid(8))),
-        # Two grids inside the blocks: the larger share stands for them.
+        (
+            quantized(group(["Embedding"], 8, None)),
+            Precision("bfloat16", None, Grid(8), (("lm_head.weight", None),)),
+        ),
+        # Two grids inside the blocks: the larger share stands for them, the other is named.
         (
             quantized(group(["Linear"], 8), group(["re:.*up_proj"], 3, 64), ignore=("lm_head",)),
-            Precision("bfloat16", Grid(3, 64)),
+            Precision("bfloat16", Grid(3, 64), None, (("model.layers.0.self_attn.q_proj.weight", Grid(8, 32)),)),
         ),
         (quantized(group(["Linear"]), ignore=("re:.*",)), Precision("bfloat16")),
     ],

@@ -13,7 +13,8 @@ from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.checkpoint.tensors import read_tensor
 from packlight.compress import run as compress
 from packlight.compress.cast import Cast
-from packlight.compress.quantize.rtn import Rtn, embedding_grid
+from packlight.compress.quantize.options import embedding_grid
+from packlight.compress.quantize.rtn import Rtn
 from packlight.compress.step import Step
 from packlight.compress.walk import WalkResult
 from packlight.errors import UsageError
@@ -30,16 +31,21 @@ def checkpoint(tiny_model_dir: Any) -> Checkpoint:
 
 
 def rows_of(step: Step, checkpoint: Checkpoint, work: Path) -> dict[str, float]:
-    rows = compress.run(step, checkpoint, work, "pack-quantized", IDS, [], WalkResult())
+    rows = compress.run(step, checkpoint, work, "pack-quantized", IDS, None, WalkResult())
     return {row.subject: row.value for row in rows}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
     ("bad", "match"),
     [
-        ({"bits": 3}, "8 or 4 bits, not 3"),
-        ({"bits": None}, "8 or 4 bits, not None"),
-        ({"embeddings": 5}, "8 or 4 bits, not 5"),
+        ({"bits": 9}, "bits must be 2 to 8, not 9"),
+        ({"bits": None}, "bits must be 2 to 8, not None"),
+        ({"embeddings": 1}, "bits must be 2 to 8, not 1"),
+        ({"scale_bits": 3}, "scale bits must be 4 to 8, not 3"),
+        ({"scale_bits": 6, "group_size": None}, "give a group size"),
+        ({"clip": "max"}, "clip is minmax or mse, not 'max'"),
+        ({"grids": ["x"]}, "grids are pairs"),
+        ({"grids": [["x", "int4"]]}, "a grid is written like"),
         ({"group_size": 0}, "group size must be 'row' or a positive number of columns, not 0"),
         ({"group_size": -32}, "not -32"),
         ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16, not 'float64'"),

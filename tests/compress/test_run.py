@@ -20,17 +20,19 @@ from packlight.compress import run as compress
 from packlight.compress.cast import Cast
 from packlight.compress.quantize.rtn import Rtn
 from packlight.compress.step import Step
-from packlight.compress.walk import WalkResult, find_layers, walk
+from packlight.compress.walk import Calibration, WalkResult, find_layers, walk
 from packlight.errors import CheckpointError
 from packlight.runtime.load import empty_model, load_model
 
 IDS = list(range(1, 31))
-WINDOWS = [list(range(40, 80)), list(range(100, 110))]
+WINDOWS = [list(range(40, 80)), list(range(100, 140)), list(range(60, 100))]
+
+CALIBRATION = Calibration(WINDOWS, batch=2)
 
 
 def drive(step: Step, checkpoint: Checkpoint, work: Path) -> WalkResult:
     result = WalkResult()
-    list(compress.run(step, checkpoint, work, "pack-quantized", IDS, WINDOWS, result))
+    list(compress.run(step, checkpoint, work, "pack-quantized", IDS, None, result))
     return result
 
 
@@ -45,15 +47,20 @@ def test_an_unchanged_model_walks_as_it_runs(tiny_model_dir: Callable[..., Path]
         ]
         logits = whole(torch.tensor([IDS]), use_cache=False).logits[0]
     result, kinds = WalkResult(), []
-    blocks = walk(checkpoint, empty_model(checkpoint), IDS, WINDOWS, lambda block: None, lambda block: False, result)
+    blocks = walk(
+        checkpoint, empty_model(checkpoint), IDS, CALIBRATION, lambda block: None, lambda block: False, result
+    )
     for block in blocks:
         kinds.append((block.index, block.kind, block.name))
         assert not any(block.tensor(name).is_meta for name in block.tensors)
-        if block.kind == "embedding":
-            assert [ids.tolist() for ids in block.inputs] == [[ids] for ids in WINDOWS]
-        if block.kind == "layer":
-            for inputs, states in zip(block.inputs, wanted, strict=True):
-                torch.testing.assert_close(inputs, states[block.index - 1])
+        assert (block.activations is not None) is (block.kind == "layer")
+        if block.activations is not None:
+            now = block.activations
+            for place, states in enumerate(wanted):
+                torch.testing.assert_close(now.inputs[place], states[block.index - 1][0])
+                torch.testing.assert_close(now.exact[place], states[block.index - 1][0])
+                if block.index < checkpoint.spec.num_layers:  # transformers reports the last one after the final norm
+                    torch.testing.assert_close(now.targets[place], states[block.index][0])
     assert kinds == [
         (0, "embedding", "embedding"),
         (1, "layer", "model.layers.0"),
@@ -67,17 +74,17 @@ def test_an_unchanged_model_walks_as_it_runs(tiny_model_dir: Callable[..., Path]
 def test_every_tensor_belongs_to_one_block(tiny_model_dir: Callable[..., Path]) -> None:
     checkpoint = open_checkpoint(tiny_model_dir(tied=False))
     seen: list[str] = []
-    blocks = walk(checkpoint, empty_model(checkpoint), IDS, [], lambda block: None, lambda block: False, WalkResult())
+    blocks = walk(checkpoint, empty_model(checkpoint), IDS, None, lambda block: None, lambda block: False, WalkResult())
     for block in blocks:
         seen += block.tensors
-        assert set(block.kinds) == set(block.tensors)
+        assert set(block.specs) == set(block.tensors)
     assert sorted(seen) == sorted(checkpoint.index)
 
 
 def test_only_one_layer_is_in_memory_at_a_time(tiny_model_dir: Callable[..., Path]) -> None:
     checkpoint = open_checkpoint(tiny_model_dir(tied=True))
     model = empty_model(checkpoint)
-    blocks = walk(checkpoint, model, IDS, [], lambda block: None, lambda block: False, WalkResult())
+    blocks = walk(checkpoint, model, IDS, None, lambda block: None, lambda block: False, WalkResult())
     for block in blocks:
         real = {
             place for place, layer in enumerate(model.model.layers) if not any(p.is_meta for p in layer.parameters())
@@ -88,16 +95,20 @@ def test_only_one_layer_is_in_memory_at_a_time(tiny_model_dir: Callable[..., Pat
 def test_a_later_block_sees_what_the_earlier_ones_became(tiny_model_dir: Callable[..., Path]) -> None:
     checkpoint = open_checkpoint(tiny_model_dir(tied=True))
     inputs: dict[bool, torch.Tensor] = {}
+    exact: dict[bool, torch.Tensor] = {}
     for is_changed in (False, True):
         blocks = walk(
-            checkpoint, empty_model(checkpoint), IDS, WINDOWS, lambda block: None, lambda block: False, WalkResult()
+            checkpoint, empty_model(checkpoint), IDS, CALIBRATION, lambda block: None, lambda block: False, WalkResult()
         )
         for block in blocks:
             if is_changed and block.index == 1:
                 block.tensor("model.layers.0.mlp.down_proj.weight").zero_()
             if block.index == 2:
-                inputs[is_changed] = block.inputs[0].clone()
+                assert block.activations is not None
+                inputs[is_changed] = block.activations.inputs.clone()
+                exact[is_changed] = block.activations.exact.clone()
     assert not torch.allclose(inputs[False], inputs[True], atol=0.01)
+    assert torch.equal(exact[False], exact[True]), "the exact stream does not hear of any change"
 
 
 def test_an_unchanged_block_is_stored_as_it_was(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -116,7 +127,7 @@ def test_half_a_block_file_is_not_taken_for_a_block(tiny_model_dir: Callable[...
     checkpoint = open_checkpoint(tiny_model_dir(tied=True))
     drive(Rtn(), checkpoint, tmp_path / "whole")
     work = tmp_path / "work"
-    started = compress.run(Rtn(), checkpoint, work, "pack-quantized", IDS, WINDOWS, WalkResult())
+    started = compress.run(Rtn(), checkpoint, work, "pack-quantized", IDS, None, WalkResult())
     list(itertools.islice(started, 3))
     started.close()
     (work / "0002.part").write_bytes(b"\0" * 100)

@@ -11,17 +11,19 @@ from transformers import PreTrainedModel
 
 from packlight import pipeline
 from packlight.checkpoint.open import open_checkpoint
+from packlight.compress.calibration import CalibrationText
 from packlight.compress.registry import build
 from packlight.measure.proof import distance, read_proof
 from packlight.plan.layout import Layout
 from packlight.runtime.load import load_model
 
 
-def make_artifact(model: Path, out: Path, layout: Layout = "pack-quantized", **options: Any) -> Path:
+def make_artifact(model: Path, out: Path, layout: Layout | None = None, **options: Any) -> Path:
     """Apply one step, rtn where `options` name no other, and publish the result at `out` without proving it."""
     step = build({"method": "rtn", **options})
+    text = CalibrationText(windows=4, window=32)
     with patch.object(pipeline.proof, "prove", lambda *arguments: iter(())):
-        return pipeline.quantize(str(model), out, step, pipeline.Silent(), layout).path
+        return pipeline.quantize(str(model), out, step, pipeline.Silent(), layout, text).path
 
 
 def proof_distance(directory: Path) -> tuple[float, PreTrainedModel]:

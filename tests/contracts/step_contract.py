@@ -21,16 +21,16 @@ from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.compress import run as compress
 from packlight.compress.registry import METHODS, build, method_class
 from packlight.compress.step import Step
-from packlight.compress.walk import WalkResult
+from packlight.compress.walk import Calibration, WalkResult
 from packlight.errors import UsageError
 from packlight.evidence import Measurement
 from packlight.measure.proof import MAX_KL
 from packlight.pipeline import Silent, quantize
-from packlight.plan.layout import tensor_layout
+from packlight.plan.layout import layout_of, tensor_layout
 from packlight.plan.memory import disk_bytes
 
 PROOF_IDS = list(b"Well, Prince, so Genoa and Lucca are now just family estates")
-WINDOWS = [list(b"of the Buonapartes. But I warn you"), list(b"if you don't tell me that this means")]
+WINDOWS = [list(b"of the Buonapartes. But I warn y"), list(b"if you don't tell me that this m")]
 
 
 class NoTensors(TorchDispatchMode):
@@ -45,8 +45,8 @@ def refuse_to_open(*arguments: Any, **options: Any) -> Any:
 
 
 def drive(step: Step, checkpoint: Checkpoint, work: Path, result: WalkResult) -> Iterator[Measurement]:
-    windows = WINDOWS if step.needs_inputs else []
-    return compress.run(step, checkpoint, work, "pack-quantized", PROOF_IDS, windows, result)
+    calibration = Calibration(WINDOWS) if step.needs_inputs else None
+    return compress.run(step, checkpoint, work, layout_of(step.precision), PROOF_IDS, calibration, result)
 
 
 def digests(paths: list[Path]) -> dict[str, str]:

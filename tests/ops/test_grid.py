@@ -200,7 +200,8 @@ def test_decoding_is_that_of_compressed_tensors(
 
 def test_the_symmetric_scale_is_that_of_the_docstring() -> None:
     weight = torch.tensor([[0.5, -1.5, 0.75, 0.0]])
-    scale, zero_point = fit(weight, Grid(4), torch.float32)
+    made = fit(weight, Grid(4), torch.float32)
+    scale, zero_point = made.scale, made.zero_point
     assert zero_point is None
     assert float(scale) == pytest.approx(2 * 1.5 / 15, rel=torch.finfo(torch.float32).eps)
 

@@ -175,4 +175,4 @@ def test_the_job_needs_its_largest_block_and_not_the_model(smollm2: ModelSpec) -
     with_embedding = job_plan(smollm2, Precision(linear=Grid(4, 32), embedding=Grid(4, 32)))
     assert with_embedding.peak_bytes == outside * 2 + 49152 * 576 * (1 + 2) + 576 * 2 > block  # codes, and their values
     slow = JobRates(quantize_weights_per_s=1e6)
-    assert job_plan(smollm2, precision, slow).minutes > plan.minutes > 0
+    assert job_plan(smollm2, precision, rates=slow).minutes > plan.minutes > 0

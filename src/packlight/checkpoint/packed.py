@@ -2,6 +2,8 @@
 
 `pack-quantized` stores `weight_packed` int32 (rows, words), `weight_scale` (rows, groups), `weight_shape` int64 (2,)
 and, for an asymmetric grid, `weight_zero_point` int32 packed along the rows, (words_of_rows, groups).
+`packlight` stores the same, but for scales that are quantized themselves: `weight_scale_packed` int32 and
+`weight_scale_unit` (rows, 1) in place of `weight_scale`.
 `int-quantized` stores `weight` int8 (rows, cols), `weight_scale`, and `weight_zero_point` int8 (rows, groups).
 """
 
@@ -14,13 +16,21 @@ import torch
 
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.shards import TensorEntry
+from packlight.checkpoint.stored import SCALES
 from packlight.checkpoint.tensors import read_tensor
 from packlight.errors import CheckpointError
-from packlight.ops.grid import QuantizedTensor
-from packlight.ops.pack import num_words, pack, unpack
+from packlight.ops.grid import CodedScale, QuantizedTensor
+from packlight.ops.pack import num_words, pack, pack_unsigned, unpack, unpack_unsigned
 from packlight.spec import Grid
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+PARTS = (
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_packed",
+    "weight_scale_unit",
+    "weight_zero_point",
+    "weight_shape",
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +45,9 @@ def packed_names(index: Mapping[str, TensorEntry]) -> dict[str, PackedParts]:
     """Every quantized matrix of a checkpoint, keyed by module name (`model.layers.0.mlp.up_proj`)."""
     found = {}
     for name in index:
-        if not name.endswith(".weight_scale"):
+        if not name.endswith(SCALES):
             continue
-        base = name.removesuffix(".weight_scale")
+        base = name.rpartition(".")[0]
         parts = [f"{base}.{part}" for part in (*PARTS, "weight")]
         found[base] = PackedParts(base, frozenset(part for part in parts if part in index))
     return found
@@ -65,7 +75,8 @@ def decode(parts: Mapping[str, torch.Tensor], grid: Grid, base: str) -> Quantize
     """
     is_packed = "weight_packed" in parts
     wanted = ["weight_packed", "weight_shape"] if is_packed else ["weight"]
-    wanted += ["weight_scale"] if grid.symmetric else ["weight_scale", "weight_zero_point"]
+    wanted += ["weight_scale"] if grid.scale_bits is None else ["weight_scale_packed", "weight_scale_unit"]
+    wanted += [] if grid.symmetric else ["weight_zero_point"]
     if missing := [part for part in wanted if part not in parts]:
         raise CheckpointError(f"{base}.{missing[0]} is missing, which the checkpoint's quantization_config implies")
     zero = None if grid.symmetric else parts["weight_zero_point"]
@@ -78,11 +89,18 @@ def decode(parts: Mapping[str, torch.Tensor], grid: Grid, base: str) -> Quantize
         zero = None if zero is None else unpack(zero.T.contiguous(), grid.bits, rows).T.contiguous()
     else:
         codes = parts["weight"]
-    return _checked(QuantizedTensor(codes, parts["weight_scale"], zero, grid), base)
+    if grid.scale_bits is None:
+        return _checked(QuantizedTensor(codes, parts["weight_scale"], zero, grid), base)
+    rows, cols = codes.shape
+    groups, packed_scales, unit = grid.num_groups(cols), parts["weight_scale_packed"], parts["weight_scale_unit"]
+    _check_shape(base, "weight_scale_packed", packed_scales, (rows, num_words(groups, grid.scale_bits)))
+    _check_shape(base, "weight_scale_unit", unit, (rows, 1))
+    coded = CodedScale(unpack_unsigned(packed_scales, grid.scale_bits, groups), unit)
+    return _checked(QuantizedTensor(codes, coded.value(), zero, grid, coded), base)
 
 
 def stored_tensors(base: str, weight: QuantizedTensor, layout: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The (name, tensor) pairs that store one matrix in `layout`: 'pack-quantized' or 'int-quantized'."""
+    """The (name, tensor) pairs that store one matrix in `layout`."""
     rows, cols = weight.shape
     zero = weight.zero_point
     if layout == "int-quantized":
@@ -92,7 +110,12 @@ def stored_tensors(base: str, weight: QuantizedTensor, layout: str) -> Iterator[
             yield f"{base}.weight_zero_point", zero
         return
     yield f"{base}.weight_packed", pack(weight.codes, weight.grid.bits)
-    yield f"{base}.weight_scale", weight.scale
+    if weight.coded_scale is None:
+        yield f"{base}.weight_scale", weight.scale
+    else:
+        assert weight.grid.scale_bits is not None
+        yield f"{base}.weight_scale_packed", pack_unsigned(weight.coded_scale.codes, weight.grid.scale_bits)
+        yield f"{base}.weight_scale_unit", weight.coded_scale.unit
     yield f"{base}.weight_shape", torch.tensor([rows, cols], dtype=torch.int64)
     if zero is not None:
         yield f"{base}.weight_zero_point", pack(zero.T.contiguous(), weight.grid.bits).T.contiguous()
@@ -101,7 +124,7 @@ def stored_tensors(base: str, weight: QuantizedTensor, layout: str) -> Iterator[
 def _grid_of(checkpoint: Checkpoint, base: str) -> Grid:
     stored = checkpoint.spec.stored
     tensor = next((t for t in checkpoint.spec.tensors if t.name == f"{base}.weight"), None)
-    grid = None if stored is None or tensor is None else stored.grid_of(tensor.kind)
+    grid = None if stored is None or tensor is None else stored.grid_of(tensor)
     if grid is None:
         raise CheckpointError(f"{checkpoint.path} stores {base} quantized, but its config does not say on which grid")
     return grid

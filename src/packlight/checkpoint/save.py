@@ -23,6 +23,7 @@ import yaml
 
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.shards import write_shards
+from packlight.checkpoint.stored import OWN_METHOD, OWN_VERSION
 from packlight.errors import TargetError, UsageError
 from packlight.plan.layout import Layout, StoredTensor
 from packlight.spec import Grid, ModelSpec, Precision, format_size
@@ -170,7 +171,9 @@ def artifact_config(config: Mapping[str, Any], spec: ModelSpec, precision: Preci
         if key not in ("torch_dtype", "quantization_config", "_name_or_path")
     }
     made["dtype"] = precision.dtype
-    if precision.linear is not None or precision.embedding is not None:
+    if precision.grids and layout == "packlight":
+        made["quantization_config"] = own_quantization_config(precision)
+    elif precision.grids:
         made["quantization_config"] = _quantization_config(spec, precision, layout)
     return made
 
@@ -182,6 +185,22 @@ def content_hash(checkpoint: Checkpoint) -> str:
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def own_quantization_config(precision: Precision) -> dict[str, Any]:
+    """packlight's own layout: the grid of each kind, and of every tensor that differs from its kind, as `Grid` writes
+    itself; null for what is left alone."""
+    return {
+        "quant_method": OWN_METHOD,
+        "version": OWN_VERSION,
+        "linear": _text(precision.linear),
+        "embedding": _text(precision.embedding),
+        "tensors": {name: _text(grid) for name, grid in precision.tensors},
+    }
+
+
+def _text(grid: Grid | None) -> str | None:
+    return None if grid is None else str(grid)
 
 
 def _quantization_config(spec: ModelSpec, precision: Precision, layout: Layout) -> dict[str, Any]:
@@ -199,7 +218,7 @@ def _quantization_config(spec: ModelSpec, precision: Precision, layout: Layout) 
     alone = [
         _module(t.name)
         for t in spec.tensors
-        if len(t.shape) == 2 and t.kind != "embedding" and precision.grid_of(t.kind) is None
+        if len(t.shape) == 2 and t.kind != "embedding" and precision.grid_of(t) is None
     ]
     is_tied_alone = spec.is_tied and "lm_head" not in alone
     made: dict[str, Any] = {

@@ -1,25 +1,39 @@
 """What a quantized checkpoint stands for: its dense tensors and the grids that they are stored on. No torch.
 
-Read is the compressed-tensors layout with integer weights alone; see `packed.py` for its tensors.
+Read are the compressed-tensors layout with integer weights alone, and packlight's own; see `packed.py` for their
+tensors.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from packlight.checkpoint.config import base_fields, classify
 from packlight.checkpoint.shards import TensorEntry
-from packlight.errors import CheckpointError
+from packlight.errors import CheckpointError, UsageError
 from packlight.spec import FLOAT_DTYPES, Grid, Precision, TensorSpec
 
+SCALES = (".weight_scale", ".weight_scale_packed")
+"""How the name of a quantized matrix's scales ends; every quantized matrix has one of them."""
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
 """Values of `quantization_config.format` that are read."""
 
-_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+OWN_METHOD = "packlight"
+OWN_VERSION = 1
+"""`quant_method` and `version` of packlight's own layout."""
+
+_PARTS = (
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_packed",
+    "weight_scale_unit",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_g_idx",
+)
 _CLASSES: Mapping[str, tuple[str, ...]] = {"Linear": ("linear", "expert", "head"), "Embedding": ("embedding",)}
 
 
@@ -31,7 +45,7 @@ def logical_tensors(config: Mapping[str, Any], index: Mapping[str, TensorEntry])
     Raises:
         CheckpointError: a quantized matrix without a shape, or a `weight_shape` that is not two sizes.
     """
-    scaled = {name.removesuffix(".weight_scale") for name in index if name.endswith(".weight_scale")}
+    scaled = {name.rpartition(".")[0] for name in index if name.endswith(SCALES)}
     tensors = []
     for name, entry in index.items():
         base, _, part = name.rpartition(".")
@@ -51,8 +65,6 @@ def stored_precision(
 ) -> Precision | None:
     """The precision that a config says its weights are stored in; None for a dense checkpoint.
 
-    Where groups differ among the matrices of a kind, the grid that holds most parameters stands for the kind.
-
     Args:
         config: with or without a `quantization_config`.
         tensors: the dense tensors.
@@ -64,17 +76,38 @@ def stored_precision(
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    grids = _groups(quantization)
+    if isinstance(quantization, Mapping) and quantization.get("quant_method") == OWN_METHOD:
+        return _own_precision(quantization, _float_dtype(config))
+    groups = _groups(quantization)
     ignore = quantization.get("ignore") or []
-    votes: dict[str, Counter[Grid]] = {"block": Counter(), "ends": Counter()}
+    grids = {}
     for tensor in tensors:
         module = tensor.name.removesuffix(".weight")
-        if not (_is_scaled(index, module) if index is not None else not _is_named(ignore, module)):
-            continue
-        grid = _grid_of(grids, module, tensor.kind)
-        if grid is not None:
-            votes["ends" if tensor.kind in ("embedding", "head") else "block"][grid] += tensor.numel
-    return Precision(_float_dtype(config), _most(votes["block"]), _most(votes["ends"]))
+        if _is_scaled(index, module) if index is not None else not _is_named(ignore, module):
+            grids[tensor.name] = _grid_of(groups, module, tensor.kind)
+    return Precision.of(_float_dtype(config), grids, tensors)
+
+
+def _own_precision(quantization: Mapping[str, Any], dtype: str) -> Precision:
+    """Raises CheckpointError for a version or a grid that this packlight does not know."""
+    version, tensors = quantization.get("version"), quantization.get("tensors")
+    if version != OWN_VERSION or not isinstance(tensors, Mapping):
+        raise CheckpointError(
+            f"the checkpoint has packlight's layout in version {version!r}, and this packlight reads {OWN_VERSION}: "
+            "it was made by another release, or its config.json is damaged"
+        )
+    linear, embedding = _parsed(quantization.get("linear")), _parsed(quantization.get("embedding"))
+    single = tuple(sorted((str(name), _parsed(text)) for name, text in tensors.items()))
+    return Precision(dtype, linear, embedding, single)
+
+
+def _parsed(text: Any) -> Grid | None:
+    if text is None:
+        return None
+    try:
+        return Grid.parse(str(text))
+    except UsageError as error:
+        raise CheckpointError(f"the config's quantization_config is damaged: {error}") from error
 
 
 def _dense_shape(index: Mapping[str, TensorEntry], base: str) -> tuple[int, ...]:
@@ -163,11 +196,7 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def _is_scaled(index: Mapping[str, TensorEntry], module: str) -> bool:
-    return f"{module}.weight_scale" in index
-
-
-def _most(votes: Counter[Grid]) -> Grid | None:
-    return votes.most_common(1)[0][0] if votes else None
+    return any(f"{module}{end}" in index for end in SCALES)
 
 
 def _float_dtype(config: Mapping[str, Any]) -> str:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
 from packlight.cli import options
 from packlight.cli.output import print_json, print_rows, progress, rows_as_json
 from packlight.errors import UsageError
+from packlight.plan.layout import Layout
+
+GRID_FLAGS = ("bits", "group_size", "symmetric", "embeddings", "scale_bits", "clip")
 
 
 def quantize(
     typed: typer.Context,
     model: options.Model,
     out: options.Out,
-    method: Annotated[str, typer.Option("--method", help="cast or rtn.")] = "rtn",
-    bits: Annotated[int, typer.Option("--bits", help="Width of a weight's code: 8 or 4.")] = 4,
+    method: Annotated[str, typer.Option("--method", help="cast, rtn or gptq.")] = "rtn",
+    bits: Annotated[int, typer.Option("--bits", help="Width of a weight's code: 2 to 8.")] = 4,
     group_size: Annotated[
         str, typer.Option("--group-size", help="Input columns that share a scale, or row.", metavar="N|row")
     ] = "32",
@@ -26,13 +30,30 @@ def quantize(
         int | None,
         typer.Option("--embeddings", help="Bits of input embedding and LM head; default: left alone.", metavar="BITS"),
     ] = None,
+    scale_bits: Annotated[
+        int | None, typer.Option("--scale-bits", help="Quantize the scales too, to 4 to 8 bits.", metavar="BITS")
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option("--clip", help="minmax: the whole range of a group; mse: the best range.", metavar="minmax|mse"),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="Another hyper-parameter of the method, such as act_order=false.", metavar="K=V"),
+    ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of scales and of what is left alone: bfloat16, float16, float32.")
     ] = "bfloat16",
     layout: Annotated[
-        str, typer.Option("--layout", help="pack-quantized, or int-quantized for 8 bits.")
-    ] = "pack-quantized",
-    data: Annotated[Path | None, typer.Option("--data", help="Calibration text, for methods that read one.")] = None,
+        str | None,
+        typer.Option("--layout", help="pack-quantized, int-quantized (8 bits) or packlight; default: what holds it."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Calibration text, or self: text made up by the model.", metavar="FILE|self"),
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", help="Windows of calibration text, at most.", min=1)] = 128,
+    window: Annotated[int, typer.Option("--window", help="Tokens per window of calibration text.", min=2)] = 512,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -42,26 +63,33 @@ def quantize(
 
       packlight quantize demo --method rtn --bits 4 --group-size 32 --out build/int4
 
+      packlight quantize demo --method gptq --bits 4 --group-size 64 --asymmetric --data my.txt --out build/gptq
+
       packlight quantize demo --bits 8 --group-size row --embeddings 8 --out build/int8
 
       packlight quantize demo --method cast --dtype bfloat16 --out build/bf16
     """
     group = options.parse_group(group_size)
     if method == "cast":
-        _refuse_typed(typed, "cast", ("bits", "group_size", "symmetric", "embeddings", "layout"))
-    if layout not in ("pack-quantized", "int-quantized"):
-        raise UsageError(f"--layout is pack-quantized or int-quantized, not {layout!r}")
+        _refuse_typed(typed, "cast", (*GRID_FLAGS, "layout", "option"))
+    if layout not in (None, *get_args(Layout)):
+        raise UsageError(f"--layout is one of {', '.join(get_args(Layout))}, not {layout!r}")
+    from packlight.compress.calibration import CalibrationText, parse_data
     from packlight.compress.registry import build
     from packlight.measure.text import load_text
     from packlight.pipeline import quantize as run
 
     given = {"bits": bits, "group_size": group, "symmetric": symmetric, "embeddings": embeddings, "dtype": dtype}
+    given |= {"scale_bits": scale_bits, **({} if clip is None else {"clip": clip}), **_parsed(option or [])}
     step = build({"method": method, **({"dtype": dtype} if method == "cast" else given)})
+    text = CalibrationText(parse_data(data), windows, window)
     with progress(quiet) as shown:
-        if data is not None and not step.needs_inputs:
-            load_text(data)
-            shown.say(f"{method} reads no text: --data is not used")
-        made = run(model, out, step, shown, "int-quantized" if layout == "int-quantized" else "pack-quantized")
+        if not step.needs_inputs:
+            _refuse_typed(typed, method, ("windows", "window"))
+            if data is not None:
+                load_text(Path(data))
+                shown.say(f"{method} reads no text: --data is not used")
+        made = run(model, out, step, shown, layout, text)  # type: ignore[arg-type]  # checked above
     if json:
         print_json({"out": str(made.path), "rows": rows_as_json(made.rows)})
         return
@@ -74,3 +102,17 @@ def _refuse_typed(typed: typer.Context, method: str, names: tuple[str, ...]) -> 
         source = typed.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"{method} takes no --{name.replace('_', '-')}")
+
+
+def _parsed(options: list[str]) -> dict[str, Any]:
+    """`act_order=false` as {"act_order": False}. Raises UsageError for what is not a name and a value."""
+    found = {}
+    for text in options:
+        name, joint, value = text.partition("=")
+        if not joint or not name.isidentifier():
+            raise UsageError(f"--option is a name and a value such as act_order=false, not {text!r}")
+        try:
+            found[name] = json_module.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

@@ -15,6 +15,7 @@ from packlight.compress.walk import Block
 from packlight.errors import CheckpointError
 from packlight.evidence import Measurement
 from packlight.ops.grid import squared_error, squared_norm
+from packlight.plan.memory import CalibrationSize
 from packlight.spec import ModelSpec, Precision
 
 
@@ -41,9 +42,14 @@ class Cast:
         """How the result stores its weights."""
         return Precision(self.dtype)
 
-    def plan(self, spec: ModelSpec) -> Claim:
+    @property
+    def passes(self) -> float:
+        """None."""
+        return 0.0
+
+    def plan(self, spec: ModelSpec, calibration: CalibrationSize | None = None) -> Claim:
         """Bytes, peak and minutes from shapes alone."""
-        return claim(spec, self.precision)
+        return claim(spec, self.precision, calibration)
 
     def apply_(self, blocks: Iterable[Block]) -> Iterator[Measurement]:
         """Round every tensor to `dtype`; one row per block: ||W - W'||^2 / ||W||^2.

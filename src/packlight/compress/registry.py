@@ -13,6 +13,7 @@ from packlight.errors import UsageError
 
 METHODS: dict[str, str] = {
     "cast": "packlight.compress.cast:Cast",
+    "gptq": "packlight.compress.quantize.gptq:Gptq",
     "rtn": "packlight.compress.quantize.rtn:Rtn",
 }
 

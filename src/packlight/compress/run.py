@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.packed import decode, stored_tensors
+from packlight.checkpoint.stored import SCALES
 from packlight.compress.step import Step
-from packlight.compress.walk import Block, WalkResult, check_names, walk
+from packlight.compress.walk import Block, Calibration, WalkResult, check_names, walk
 from packlight.errors import CheckpointError, UsageError
 from packlight.evidence import Measurement
 from packlight.ops.grid import tensor_digest
@@ -56,7 +57,7 @@ def run(
     work: Path,
     layout: str,
     proof_ids: list[int],
-    windows: list[list[int]],
+    calibration: Calibration | None,
     result: WalkResult,
 ) -> Iterator[Measurement]:
     """Compress `checkpoint` into `work`/NNNN.safetensors; yields one row per block that was not there yet.
@@ -80,7 +81,7 @@ def run(
 
     def tracked() -> Iterator[Block]:
         nonlocal current
-        for block in walk(checkpoint, model, proof_ids, windows, store, restore, result):
+        for block in walk(checkpoint, model, proof_ids, calibration, store, restore, result):
             current = block
             _refuse_not_finite(block)
             yield block
@@ -149,10 +150,10 @@ def _restore(block: Block, work: Path, step: Step, model: nn.Module, rows: dict[
         names = set(stored.keys())
         for name in block.tensors:
             base = name.removesuffix(".weight")
-            if f"{base}.weight_scale" not in names:
+            if not any(f"{base}{end}" in names for end in SCALES):
                 put_(model, name, stored.get_tensor(name))
                 continue
-            grid = step.precision.grid_of(block.kinds[name])
+            grid = step.precision.grid_of(block.specs[name])
             assert grid is not None
             parts: dict[str, Any] = {
                 part.rpartition(".")[2]: stored.get_tensor(part) for part in names if part.rpartition(".")[0] == base
@@ -184,7 +185,7 @@ def _refuse_not_finite(block: Block) -> None:
 
 def _refuse_foreign_modules(step: Step, checkpoint: Checkpoint, model: nn.Module) -> None:
     for tensor in checkpoint.spec.tensors:
-        if step.precision.grid_of(tensor.kind) is None:
+        if step.precision.grid_of(tensor) is None:
             continue
         owner = model.get_submodule(tensor.name.rpartition(".")[0])
         if not isinstance(owner, nn.Linear | nn.Embedding):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 from packlight.checkpoint.open import Checkpoint
 from packlight.compress.walk import Block
 from packlight.evidence import Measurement
-from packlight.plan.memory import disk_bytes, job_plan
+from packlight.plan.memory import CalibrationSize, disk_bytes, job_plan
 from packlight.spec import ModelSpec, Precision
 
 
@@ -41,14 +41,20 @@ class Step(Protocol):
     needs: ClassVar[frozenset[str]]
     breaks: ClassVar[frozenset[str]]
     needs_inputs: ClassVar[bool]
-    """Whether `apply_` reads `Block.inputs`; if not, no calibration text is pushed through the model."""
+    """Whether `apply_` reads `Block.activations`; if not, no calibration text is pushed through the model."""
+
+    @property
+    def passes(self) -> float:
+        """Forward passes of a block over the calibration text, the walk's own two included; a backward pass counts as
+        two. Not read where `needs_inputs` is False."""
+        ...
 
     @property
     def precision(self) -> Precision:
         """How the result stores its weights."""
         ...
 
-    def plan(self, spec: ModelSpec) -> Claim:
+    def plan(self, spec: ModelSpec, calibration: CalibrationSize | None = None) -> Claim:
         """The claim, from shapes alone. Raises UsageError where the step cannot be applied to this model."""
         ...
 
@@ -68,9 +74,9 @@ class Step(Protocol):
         ...
 
 
-def claim(spec: ModelSpec, precision: Precision) -> Claim:
+def claim(spec: ModelSpec, precision: Precision, calibration: CalibrationSize | None = None) -> Claim:
     """What every block-by-block step claims: the exact bytes of its precision, and the walk's own peak and time."""
-    job = job_plan(spec, precision)
+    job = job_plan(spec, precision, calibration)
     return Claim(precision, disk_bytes(spec, precision).total, job.peak_bytes, job.minutes)
 
 

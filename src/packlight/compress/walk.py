@@ -6,24 +6,31 @@ embedding and ends with the final norm and the LM head, which are blocks too.
 A small batch of proof tokens travels along through the changed blocks. Its logits at the end are those of the model
 that was written, computed from the tensors that were in memory when they were written; the proof on save compares
 every later loading with them.
+
+Calibration windows travel twice: once through the blocks as they were, once through the blocks as they are now. Both
+are computed in float32, whatever the model's dtype, and only their hidden states between two blocks are kept.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from packlight.checkpoint.open import Checkpoint
 from packlight.errors import CheckpointError
 from packlight.ops.grid import QuantizedTensor
+from packlight.plan.memory import CALIBRATION_BATCH
 from packlight.runtime.load import load_dense_, parameter_names, put_
-from packlight.spec import TensorKind
+from packlight.spec import TensorSpec
 
 BlockKind = Literal["embedding", "layer", "head"]
 
@@ -37,8 +44,9 @@ class Block:
         index: place in the walk, 0 is the embedding.
         module: the module to change in place.
         tensors: full names of its stored tensors.
-        kinds: what each tensor is to a quantizer.
-        inputs: what enters it, one (1, tokens, hidden) tensor per calibration window; token ids for the embedding.
+        specs: what each tensor is to a quantizer.
+        activations: what enters it and what left it before it was changed; None for a step that reads no inputs, and
+            for the two ends.
         packed: the matrices that a step has put on a grid so far, keyed by full tensor name.
     """
 
@@ -47,26 +55,115 @@ class Block:
     kind: BlockKind
     module: nn.Module
     tensors: list[str]
-    kinds: dict[str, TensorKind]
-    inputs: list[torch.Tensor]
+    specs: dict[str, TensorSpec]
+    activations: Activations | None
     _root: nn.Module
     packed: dict[str, QuantizedTensor] = field(default_factory=dict)
 
-    def matrices(self) -> Iterator[tuple[str, TensorKind, torch.Tensor]]:
-        """(full tensor name, kind, weight (rows, cols)) of everything that a quantizer may change."""
+    def matrices(self) -> Iterator[tuple[str, TensorSpec, torch.Tensor]]:
+        """(full tensor name, spec, weight (rows, cols)) of everything that a quantizer may change."""
         for name in self.tensors:
-            if self.kinds[name] != "other":
-                yield name, self.kinds[name], self.tensor(name)
+            if self.specs[name].kind != "other":
+                yield name, self.specs[name], self.tensor(name)
 
     def tensor(self, name: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
         found: torch.Tensor = getattr(self._root.get_submodule(owner), leaf)
         return found.data
 
+    def put_(self, name: str, tensor: torch.Tensor) -> None:
+        """Replace a tensor by another of the same shape."""
+        put_(self._root, name, tensor)
+
+    def owner(self, name: str) -> nn.Module:
+        """The module that a tensor is a parameter of."""
+        return self._root.get_submodule(name.rpartition(".")[0])
+
+    @contextmanager
+    def showing(self, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+        """The block with other tensors for a while, such as its original ones."""
+        kept = {name: self.tensor(name) for name in tensors}
+        for name, tensor in tensors.items():
+            self.put_(name, tensor)
+        try:
+            yield
+        finally:
+            for name, tensor in kept.items():
+                self.put_(name, tensor)
+
     def pack_(self, name: str, weight: QuantizedTensor) -> None:
         """Store a matrix on a grid; the module computes with its de-quantized values from now on."""
         self.packed[name] = weight
-        put_(self._root, name, weight.dequantize())
+        values = weight.dequantize()
+        put_(self._root, name, values if self.activations is None else values.float())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text for the methods that look at what passes through a block.
+
+    Args:
+        windows: token ids, all of one length.
+        batch: windows that pass through a block at once.
+        spill: directory for the hidden states where they are to be on disk; None keeps them in memory.
+    """
+
+    windows: list[list[int]]
+    batch: int = CALIBRATION_BATCH
+    spill: Path | None = None
+
+    def allocate(self, name: str, width: int) -> torch.Tensor:
+        """Room for one stream of hidden states, float32 (windows, tokens, width)."""
+        shape = (len(self.windows), len(self.windows[0]), width)
+        if self.spill is None:
+            return torch.empty(shape)
+        self.spill.mkdir(parents=True, exist_ok=True)
+        path = str(self.spill / f"{name}.bin")
+        return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32).reshape(shape)
+
+
+@dataclass
+class Activations:
+    """The calibration windows between two blocks, each stream float32 (windows, tokens, hidden).
+
+    Args:
+        inputs: what enters the block, come through the changed blocks.
+        exact: what would enter it, had nothing been changed.
+        targets: what the unchanged block makes of `exact`.
+        calls: how the model calls each of its blocks.
+        batch: windows that pass through a block at once.
+    """
+
+    inputs: torch.Tensor
+    exact: torch.Tensor
+    targets: torch.Tensor
+    calls: list[Call]
+    batch: int
+    place: int = 0
+
+    def batches(self) -> Iterator[slice]:
+        """Slices of the windows."""
+        for start in range(0, len(self.inputs), self.batch):
+            yield slice(start, start + self.batch)
+
+    def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The block that is at hand, over some hidden states."""
+        return run_block(module, hidden, self.calls[self.place])
+
+    @torch.no_grad()
+    def enter(self, module: nn.Module, place: int) -> None:
+        """Fill `targets`, while the block is still as it was."""
+        self.place = place
+        for part in self.batches():
+            self.targets[part] = self.run(module, self.exact[part])
+
+    @torch.no_grad()
+    def leave(self, module: nn.Module, place: int) -> None:
+        """Go on to the next block: through the changed block, and with its targets as the exact stream."""
+        self.place = place
+        for part in self.batches():
+            self.inputs[part] = self.run(module, self.inputs[part])
+        self.exact, self.targets = self.targets, self.exact
 
 
 @dataclass
@@ -80,7 +177,7 @@ def walk(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     proof_ids: list[int],
-    windows: list[list[int]],
+    calibration: Calibration | None,
     store: Callable[[Block], None],
     restore: Callable[[Block], bool],
     result: WalkResult,
@@ -91,7 +188,7 @@ def walk(
         checkpoint: a dense checkpoint.
         model: its empty model (`runtime.load.empty_model`) in the dtype of the result.
         proof_ids: a short text that travels along.
-        windows: calibration windows of token ids; empty where no step reads inputs.
+        calibration: windows of token ids; None where no step reads inputs.
         store: called when a yielded block is finished, before its weights are freed.
         restore: called first; where it returns True it has put a finished block's weights in place (a run that was
             cut short goes on), and the block is not yielded again.
@@ -102,26 +199,43 @@ def walk(
     """
     layers = find_layers(model)
     dtype = model.dtype  # asked now: it is that of the first parameter, which is about to hold another one
-    batches = [torch.tensor([ids]) for ids in (proof_ids, *windows)]  # (1, tokens) each
-    calls: list[list[_Call]] = []
-    hidden = batches
+    proof = torch.tensor([proof_ids])  # (1, tokens)
+    calls: list[Call] = []
+    hidden = proof
+    activations: Activations | None = None
     for index, (name, kind, module, tensors) in enumerate(_stages(checkpoint, model, layers)):
-        kinds = {t.name: t.kind for t in checkpoint.spec.tensors if t.name in set(tensors)}
-        block = Block(name, index, kind, module, tensors, kinds, hidden[1:], model)
-        if not restore(block):
+        specs = {t.name: t for t in checkpoint.spec.tensors if t.name in set(tensors)}
+        at_hand = activations if kind == "layer" else None
+        block = Block(name, index, kind, module, tensors, specs, at_hand, model)
+        if calibration is not None and kind != "head":
             load_dense_(model, checkpoint, tensors, keep_dtype=True)
+            if kind == "embedding":
+                activations = _embedded(model, layers, calibration)
+            else:
+                assert activations is not None
+                _cast_(model, tensors, torch.float32)
+                activations.enter(module, index - 1)
+        if not restore(block):
+            if calibration is None or kind == "head":
+                load_dense_(model, checkpoint, tensors, keep_dtype=True)
             yield block
             store(block)
         _cast_(model, tensors, dtype)
         if kind == "embedding":
             model.tie_weights()
-            calls = [_record_calls(model, layers, ids) for ids in batches]
-            hidden = [call[0].hidden_states for call in calls]
+            calls = _record_calls(model, layers, proof)
+            hidden = calls[0].hidden_states
+            if activations is not None and calibration is not None:
+                activations.inputs = _embed(model, layers, calibration, activations.inputs)
         elif kind == "layer":
-            hidden = [_run(module, states, call[index - 1]) for states, call in zip(hidden, calls, strict=True)]
+            with torch.no_grad():
+                hidden = run_block(module, hidden, calls[index - 1])
+            if activations is not None:
+                _cast_(model, tensors, torch.float32)
+                activations.leave(module, index - 1)
             _free_(model, tensors)
         else:
-            result.proof_logits = _head_logits(model, layers, batches[0], hidden[0])
+            result.proof_logits = _head_logits(model, layers, proof, hidden)
 
 
 def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
@@ -147,12 +261,22 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @dataclass
-class _Call:
+class Call:
     """How the model calls one block: its input, and the other arguments (masks, rotary tables)."""
 
     hidden_states: torch.Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def in_float32(self) -> Call:
+        """The same call for hidden states in float32; its own are left out."""
+
+        def widen(value: Any) -> Any:
+            is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.float() if is_float else value
+
+        args, kwargs = tree_map(widen, (self.args, self.kwargs))
+        return Call(torch.empty(0), args, kwargs)
 
 
 class _Stand(nn.Module):
@@ -162,10 +286,10 @@ class _Stand(nn.Module):
         super().__init__()
         self._real = (real,)  # in a tuple, so that it is not registered as a submodule
         self.output = output
-        self.call: _Call | None = None
+        self.call: Call | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.call = _Call(hidden_states, args, kwargs)
+        self.call = Call(hidden_states, args, kwargs)
         return hidden_states if self.output is None else self.output
 
     def __getattr__(self, name: str) -> Any:
@@ -189,18 +313,39 @@ def _standing_in(layers: nn.ModuleList, output: torch.Tensor | None = None) -> I
 
 
 @torch.no_grad()
-def _record_calls(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[_Call]:
+def _record_calls(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[Call]:
     """How the model calls each of its blocks on `ids`, found by a pass that skips the blocks."""
     with _standing_in(layers) as stands:
         model.base_model(ids, use_cache=False)
     return [stand.call for stand in stands if stand.call is not None]
 
 
-@torch.no_grad()
-def _run(module: nn.Module, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
+def run_block(module: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    """What a block makes of hidden states (windows, tokens, hidden); masks and tables are broadcast over windows."""
     out = module(hidden, *call.args, **call.kwargs)
-    changed: torch.Tensor = out[0] if isinstance(out, tuple) else out  # (1, tokens, hidden)
+    changed: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return changed
+
+
+@torch.no_grad()
+def _embedded(model: PreTrainedModel, layers: nn.ModuleList, calibration: Calibration) -> Activations:
+    """The hidden states that enter the first block, in both streams, and how each block is called."""
+    model.tie_weights()
+    calls = _record_calls(model, layers, torch.tensor(calibration.windows[:1]))
+    width = calls[0].hidden_states.shape[-1]
+    inputs, exact, targets = (calibration.allocate(name, width) for name in ("inputs", "exact", "targets"))
+    made = Activations(inputs, exact, targets, [call.in_float32() for call in calls], calibration.batch)
+    made.exact = _embed(model, layers, calibration, made.exact)
+    made.inputs.copy_(made.exact)
+    return made
+
+
+@torch.no_grad()
+def _embed(model: PreTrainedModel, layers: nn.ModuleList, calibration: Calibration, out: torch.Tensor) -> torch.Tensor:
+    for start in range(0, len(calibration.windows), calibration.batch):
+        ids = torch.tensor(calibration.windows[start : start + calibration.batch])
+        out[start : start + len(ids)] = _record_calls(model, layers, ids)[0].hidden_states.float()
+    return out
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def memory_bandwidth(threads: int, buffer_bytes: int | None = None) -> float:
 
     if threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}")
-    size = buffer_bytes or min(BUFFER_BYTES, _free_ram_bytes() // SHARE_OF_FREE_RAM)
+    size = buffer_bytes or min(BUFFER_BYTES, free_ram_bytes() // SHARE_OF_FREE_RAM)
     parts = np.array_split(np.empty(max(size, threads), dtype=np.int8), threads)
 
     def read(part: NDArray[np.int8]) -> None:
@@ -88,7 +88,7 @@ def _ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _free_ram_bytes() -> int:
+def free_ram_bytes() -> int:
     """What the system could hand out without swapping."""
     info = Path("/proc/meminfo")
     if info.exists():

@@ -27,7 +27,7 @@ from packlight.runtime import kv_cache
 from packlight.runtime.generate import prefill, step
 from packlight.runtime.load import empty_model, load_model, put_
 from packlight.runtime.packed import PackedLinear
-from packlight.spec import Precision
+from packlight.spec import Precision, TensorSpec
 
 DECODED = 24
 """Tokens decoded in one repeat."""
@@ -153,12 +153,14 @@ def random_layer_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreT
 
 
 def pack_linears_(model: nn.Module, stored: Precision | None) -> None:
-    """Put every linear inside the blocks of a small random model on the grid of `stored`."""
-    if stored is None or stored.linear is None:
+    """Put every linear inside the blocks of a small random model on its grid in `stored`."""
+    if stored is None:
         return
-    grid = stored.linear
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "lm_head" not in name and grid.fits(module.in_features):
+        if not isinstance(module, nn.Linear) or "lm_head" in name:
+            continue
+        grid = stored.grid_of(TensorSpec(f"{name}.weight", tuple(module.weight.shape), stored.dtype, "linear"))
+        if grid is not None and grid.fits(module.in_features):
             weight = quantize(module.weight.data, grid, module.weight.dtype)
             model.set_submodule(name, PackedLinear(weight, None if module.bias is None else module.bias.data))
 

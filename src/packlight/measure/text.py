@@ -54,6 +54,14 @@ def load_text(path: Path | None = None) -> Text:
     return Text(name, content, hashlib.sha256(content.encode()).hexdigest())
 
 
+def calibration_text() -> Text:
+    """The part of the bundled text that quality is not measured on by default: all but its first quarter."""
+    whole = load_text()
+    start = whole.content.index("\n\n", len(whole.content) // 4)
+    content = whole.content[start:].strip()
+    return Text(f"{BUNDLED_NAME}-calibration", content, hashlib.sha256(content.encode()).hexdigest())
+
+
 def windows(token_ids: Sequence[int], context: int, max_tokens: int | None = None) -> list[list[int]]:
     """Cut tokens into windows of `context` tokens that do not overlap; what remains at the end is dropped.
 

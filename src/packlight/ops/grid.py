@@ -8,15 +8,51 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from packlight.errors import CheckpointError
 from packlight.spec import Grid
 
+Clip = Literal["minmax", "mse"]
+CLIP_STEPS = 31
+LEAST_SHARE = 0.4
+"""The shares of a group's range that a search tries: 31 from 1 down to 0.4, where 2 bits have their optimum."""
 ROW_CHUNK = 1024
 """Rows that are worked on at once: rows are independent, and an LM head's float copies would outweigh it many times."""
+
+
+@dataclass(frozen=True)
+class CodedScale:
+    """Scales that are quantized themselves: scale = code * unit, computed in the unit's dtype.
+
+    Args:
+        codes: uint8 (rows, groups), at least 1.
+        unit: floating point (rows, 1).
+    """
+
+    codes: torch.Tensor
+    unit: torch.Tensor
+
+    def value(self) -> torch.Tensor:
+        """The scales, (rows, groups)."""
+        return self.codes.to(self.unit.dtype) * self.unit
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The points of a grid for one matrix.
+
+    Args:
+        scale: floating point (rows, groups), in the dtype in which it is stored.
+        zero_point: int8 (rows, groups), in [grid.qmin, grid.qmax]; None for a symmetric grid.
+        coded: what `scale` is made of where the grid quantizes its scales; else None.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    coded: CodedScale | None = None
 
 
 @dataclass(frozen=True)
@@ -28,52 +64,83 @@ class QuantizedTensor:
         scale: floating point (rows, groups), in the dtype in which it is stored.
         zero_point: int8 (rows, groups), in [grid.qmin, grid.qmax]; None for a symmetric grid.
         grid: the grid that the codes belong to.
+        coded_scale: what `scale` is made of where the grid quantizes its scales.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     grid: Grid
+    coded_scale: CodedScale | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         rows, cols = self.codes.shape
         return rows, cols
 
+    @classmethod
+    def on(cls, scales: Scales, codes: torch.Tensor, grid: Grid) -> QuantizedTensor:
+        """Codes on the points of a fitted grid."""
+        return cls(codes, scales.scale, scales.zero_point, grid, scales.coded)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The (rows, cols) matrix in `dtype`, by default that of the scale, computed in that dtype."""
         return dequantize(self.codes, self.scale, self.zero_point, dtype)
 
 
-def quantize(weight: torch.Tensor, grid: Grid, scale_dtype: torch.dtype, name: str = "weight") -> QuantizedTensor:
-    """Round to nearest on a min-max grid.
+def quantize(
+    weight: torch.Tensor,
+    grid: Grid,
+    scale_dtype: torch.dtype,
+    name: str = "weight",
+    clip: Clip = "minmax",
+    importance: torch.Tensor | None = None,
+) -> QuantizedTensor:
+    """Round to nearest.
 
     Args:
         weight: floating point (rows, cols).
         grid: bits, group size and symmetry; its group must divide `cols`.
         scale_dtype: dtype in which scales are stored. Codes are rounded with the stored scale, not with a finer one.
         name: for the error message.
+        clip, importance: see `fit`.
 
     Raises:
         CheckpointError: `weight` holds a NaN or an infinity.
         UsageError: the group does not divide the row.
     """
-    parts = [_quantize_rows(part, grid, scale_dtype, name) for part in weight.split(ROW_CHUNK)]
+    parts = []
+    for part in weight.split(ROW_CHUNK):
+        scales = fit(part, grid, scale_dtype, name, clip, importance)
+        parts.append(QuantizedTensor.on(scales, round_to(part, scales.scale, scales.zero_point, grid), grid))
     if len(parts) == 1:
         return parts[0]
     zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+    coded = [part.coded_scale for part in parts if part.coded_scale is not None]
     return QuantizedTensor(
         torch.cat([part.codes for part in parts]),
         torch.cat([part.scale for part in parts]),
         torch.cat(zero_points) if zero_points else None,
         grid,
+        CodedScale(torch.cat([c.codes for c in coded]), torch.cat([c.unit for c in coded])) if coded else None,
     )
 
 
 def fit(
-    weight: torch.Tensor, grid: Grid, scale_dtype: torch.dtype, name: str = "weight"
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Min-max scale (rows, groups) in `scale_dtype` and int8 zero point (rows, groups), None when symmetric."""
+    weight: torch.Tensor,
+    grid: Grid,
+    scale_dtype: torch.dtype,
+    name: str = "weight",
+    clip: Clip = "minmax",
+    importance: torch.Tensor | None = None,
+) -> Scales:
+    """The points of a grid for `weight` (rows, cols).
+
+    Args:
+        clip: 'minmax' spans each group from its least to its largest weight (symmetric: to its largest magnitude);
+            'mse' shrinks that range to where sum of importance * (w - rounded w)^2 over the group is least.
+        importance: weight of each column's error, (cols,), positive; default: all equal. 'mse' alone reads it.
+    """
     rows, cols = weight.shape
     groups = grid.num_groups(cols)
     values = weight.float().reshape(rows, groups, cols // groups)  # (rows, groups, group_size)
@@ -82,16 +149,67 @@ def fit(
         raise CheckpointError(
             f"{name} holds a NaN or an infinity, which no grid can store: repair the checkpoint first"
         )
-    steps = grid.qmax - grid.qmin
     if grid.symmetric:
-        scale = _positive(2 * torch.maximum(low.abs(), high.abs()) / steps, scale_dtype)
-        return scale, None
-    low, high = low.clamp(max=0), high.clamp(min=0)  # zero must be on the grid: padding and pruned weights stay zero
-    scale = _positive((high - low) / steps, scale_dtype)
+        high = torch.maximum(low.abs(), high.abs())
+        low = -high
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)  # zero must be on the grid: pruned weights stay zero
+    if clip == "mse":
+        each = torch.ones(cols) if importance is None else importance.float()
+        share = _best_share(values, low, high, grid, each.reshape(groups, cols // groups))
+        low, high = low * share, high * share
+    return _stored(low, high, grid, scale_dtype)
+
+
+def _best_share(
+    values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid: Grid, importance: torch.Tensor
+) -> torch.Tensor:
+    """The share of each group's range, (rows, groups), at which its weighted squared error is least."""
+    best = torch.full_like(low, torch.inf)
+    share = torch.ones_like(low)
+    for step in range(CLIP_STEPS):
+        tried = 1.0 - step * (1.0 - LEAST_SHARE) / (CLIP_STEPS - 1)
+        scale, zero = _points(low * tried, high * tried, grid)
+        scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+        error = torch.div(values, scale).round_().add_(zero).clamp_(grid.qmin, grid.qmax).sub_(zero).mul_(scale)
+        loss = error.sub_(values).square_().mul_(importance).sum(dim=-1)
+        share = torch.where(loss < best, tried, share)
+        best = torch.minimum(loss, best)
+    return share
+
+
+def _points(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point in float32 that span [low, high]; a group of zeros has scale 1."""
+    scale = (high - low) / (grid.qmax - grid.qmin)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if grid.symmetric:
+        return scale, torch.zeros_like(scale)
+    return scale, (grid.qmin - low / scale).round_().clamp_(grid.qmin, grid.qmax)
+
+
+def _stored(low: torch.Tensor, high: torch.Tensor, grid: Grid, dtype: torch.dtype) -> Scales:
+    """Points that span [low, high] (rows, groups) with scales as they are stored."""
+    scale = (high - low) / (grid.qmax - grid.qmin)
+    coded = None
+    if grid.scale_bits is None:
+        scale = _positive(scale, dtype)
+    else:
+        coded = _coded(scale, grid.scale_bits, dtype)
+        scale = coded.value()
+    if grid.symmetric:
+        return Scales(scale, None, coded)
     zero_point = (grid.qmin - low / scale.float()).round().clamp(grid.qmin, grid.qmax)
     # A group of zeros has any zero point; with 0 its codes are 0 too, and a kernel has no large numbers to cancel out.
     zero_point = torch.where(high > low, zero_point, torch.zeros_like(zero_point))
-    return scale, zero_point.to(torch.int8)
+    return Scales(scale, zero_point.to(torch.int8), coded)
+
+
+def _coded(scale: torch.Tensor, bits: int, dtype: torch.dtype) -> CodedScale:
+    """Scales (rows, groups) rounded to unsigned codes times one unit a row."""
+    most = (1 << bits) - 1
+    unit = _positive(scale.amax(dim=-1, keepdim=True) / most, dtype)
+    codes = (scale / unit.float()).round_().clamp_(1, most)
+    return CodedScale(codes.to(torch.uint8), unit)
 
 
 def round_to(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid) -> torch.Tensor:
@@ -134,11 +252,6 @@ def squared_error(exact: torch.Tensor, approximate: torch.Tensor) -> float:
 def squared_norm(values: torch.Tensor) -> float:
     """||values||^2 in float32, some rows at a time."""
     return sum(float(part.float().square().sum()) for part in values.split(ROW_CHUNK))
-
-
-def _quantize_rows(weight: torch.Tensor, grid: Grid, scale_dtype: torch.dtype, name: str) -> QuantizedTensor:
-    scale, zero_point = fit(weight, grid, scale_dtype, name)
-    return QuantizedTensor(round_to(weight, scale, zero_point, grid), scale, zero_point, grid)
 
 
 def _positive(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -24,6 +24,16 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat([_pack_rows(part, bits) for part in codes.split(ROW_CHUNK)])
 
 
+def pack_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes in [0, 2^bits - 1] along the last axis: uint8 (rows, count) -> int32 (rows, words)."""
+    return pack((codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8), bits)
+
+
+def unpack_unsigned(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Undo `pack_unsigned`: int32 (rows, words) -> uint8 (rows, count)."""
+    return (unpack(words, bits, count).to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+
+
 def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, count = codes.shape
     unsigned = codes.to(torch.int16) + (1 << (bits - 1))

@@ -43,7 +43,7 @@ def int4_group(grid: Grid, cols: int) -> int | None:
 
 def kernel_for(tensor: TensorSpec, precision: Precision) -> str:
     """The key of `Hardware.rates` that this tensor is multiplied with: a dtype, `int8`, `int4` or `reference`."""
-    grid = precision.grid_of(tensor.kind)
+    grid = precision.grid_of(tensor)
     if grid is None:
         return precision.dtype
     stack, rows, cols = matrix_shape(tensor)
@@ -58,21 +58,22 @@ def resident_tensor_bytes(tensor: TensorSpec, precision: Precision, is_tied: boo
     A tied embedding is looked up by row and multiplied as the head. On the int8 row grid both share their codes;
     the int4 kernel's order of codes cannot be looked up by row, so there both forms are held.
     """
-    if tensor.kind != "embedding" or precision.embedding is None:
+    grid = precision.grid_of(tensor)
+    if tensor.kind != "embedding" or grid is None:
         return multiplied_bytes(tensor, precision)
     if not is_tied:
         return _lookup_bytes(tensor, precision)
     if kernel_for(tensor, precision) == "int4":
         return _lookup_bytes(tensor, precision) + multiplied_bytes(tensor, precision)
     if kernel_for(tensor, precision) == "int8":
-        lookup_zeros = 0 if precision.embedding.symmetric else tensor.shape[0]  # int8 beside the kernel's bfloat16
+        lookup_zeros = 0 if grid.symmetric else tensor.shape[0]  # int8 beside the kernel's bfloat16
         return multiplied_bytes(tensor, precision) + lookup_zeros
     return _lookup_bytes(tensor, precision)
 
 
 def multiplied_bytes(tensor: TensorSpec, precision: Precision) -> int:
     """Bytes that one multiplication with this tensor reads: its kernel's codes, scales and zero points."""
-    grid = precision.grid_of(tensor.kind)
+    grid = precision.grid_of(tensor)
     if grid is None:
         return tensor.numel * DTYPE_BYTES[dense_dtype(tensor, precision)]
     kernel = kernel_for(tensor, precision)
@@ -95,7 +96,7 @@ def head_of(spec: ModelSpec) -> TensorSpec | None:
 
 def _lookup_bytes(tensor: TensorSpec, precision: Precision) -> int:
     """Packed words, scales and int8 zero points: what is held where rows are dequantized one by one."""
-    grid = precision.grid_of(tensor.kind)
+    grid = precision.grid_of(tensor)
     assert grid is not None, "only quantized tensors are looked up in packed form"
     stack, rows, cols = matrix_shape(tensor)
     groups = rows * grid.num_groups(cols)

@@ -8,6 +8,12 @@ layouts are those of compressed-tensors (vllm-project/compressed-tensors, `compr
                      weight_shape int64 (2,), weight_zero_point int32 (ceil(rows * bits / 32), groups)
     int-quantized    weight int8 (rows, cols), weight_scale (rows, groups), weight_zero_point int8 (rows, groups)
 
+and packlight's own, for what those two cannot say (other widths than 4 and 8 bits, a grid for every tensor, quantized
+scales):
+
+    packlight        the tensors of pack-quantized, but where scales are quantized weight_scale_packed int32
+                     (rows, ceil(groups * scale_bits / 32)) and weight_scale_unit (rows, 1) in place of weight_scale
+
 A fused stack of experts (3-D) is packed matrix by matrix, with the stack in front of every shape.
 """
 
@@ -23,8 +29,7 @@ from typing import Literal
 from packlight.errors import UsageError
 from packlight.spec import DTYPE_BYTES, FLOAT_DTYPES, Grid, ModelSpec, Precision, TensorSpec
 
-Layout = Literal["pack-quantized", "int-quantized"]
-DEFAULT_LAYOUT: Layout = "pack-quantized"
+Layout = Literal["pack-quantized", "int-quantized", "packlight"]
 MAX_SHARD_BYTES = 5_000_000_000
 """Transformers' own limit of a weight file."""
 Role = Literal["codes", "scales", "zero_points", "shapes", "left_alone"]
@@ -61,21 +66,43 @@ class StoredTensor:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def tensor_layout(spec: ModelSpec, precision: Precision, layout: Layout = DEFAULT_LAYOUT) -> list[StoredTensor]:
+def tensor_layout(spec: ModelSpec, precision: Precision, layout: Layout | None = None) -> list[StoredTensor]:
     """All tensors of the file, in the order in which they lie there: by alignment, wide first, then by name.
 
-    That is the order of the safetensors writer; it keeps every tensor aligned to its own element size.
+    That is the order of the safetensors writer; it keeps every tensor aligned to its own element size. The default
+    layout is `layout_of` the precision.
 
     Raises:
-        UsageError: a group does not divide a row, or int-quantized was asked for other than 8 bits.
+        UsageError: a group does not divide a row, or the layout cannot hold the precision.
     """
+    layout = layout or layout_of(precision)
+    check_layout(precision, layout)
     stored = [part for tensor in spec.tensors for part in stored_parts(tensor, precision, layout)]
     return sorted(stored, key=lambda part: (-_ALIGNMENT[part.dtype], part.name))
 
 
-def stored_parts(tensor: TensorSpec, precision: Precision, layout: Layout = DEFAULT_LAYOUT) -> list[StoredTensor]:
+def layout_of(precision: Precision) -> Layout:
+    """The layout that holds a precision: the widest-read one that stock transformers loads it from, else our own."""
+    return "pack-quantized" if _is_plain(precision) and len(precision.grids) < 2 else "packlight"
+
+
+def check_layout(precision: Precision, layout: Layout) -> None:
+    """Raises UsageError where a layout of compressed-tensors cannot hold a precision."""
+    if layout == "packlight" or _is_plain(precision):
+        return
+    raise UsageError(
+        f"the {layout} layout holds 4 and 8 bits, one grid for the blocks and float scales, not {precision}: "
+        "choose packlight"
+    )
+
+
+def _is_plain(precision: Precision) -> bool:
+    return not precision.tensors and all(grid.bits in (4, 8) and grid.scale_bits is None for grid in precision.grids)
+
+
+def stored_parts(tensor: TensorSpec, precision: Precision, layout: Layout) -> list[StoredTensor]:
     """What one logical tensor becomes in the file."""
-    grid = precision.grid_of(tensor.kind)
+    grid = precision.grid_of(tensor)
     if grid is None:
         return [StoredTensor(tensor.name, dense_dtype(tensor, precision), tensor.shape)]
     if layout == "int-quantized":
@@ -99,7 +126,7 @@ def safetensors_header(stored: Sequence[StoredTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def artifact_bytes(spec: ModelSpec, precision: Precision, layout: Layout = DEFAULT_LAYOUT) -> int:
+def artifact_bytes(spec: ModelSpec, precision: Precision, layout: Layout | None = None) -> int:
     """Exact size of the safetensors files of an artifact, headers included."""
     stored = tensor_layout(spec, precision, layout)
     shards = split_shards([part.nbytes for part in stored])
@@ -148,9 +175,14 @@ def _packed(tensor: TensorSpec, grid: Grid, dtype: str) -> list[StoredTensor]:
     base, groups = _base(tensor), grid.num_groups(cols)
     parts = [
         StoredTensor(f"{base}_packed", "int32", (*stack, rows, packed_words(cols, grid.bits)), "codes"),
-        StoredTensor(f"{base}_scale", dtype, (*stack, rows, groups), "scales"),
         StoredTensor(f"{base}_shape", "int64", (len(tensor.shape),), "shapes"),
     ]
+    if grid.scale_bits is None:
+        parts.append(StoredTensor(f"{base}_scale", dtype, (*stack, rows, groups), "scales"))
+    else:
+        words = packed_words(groups, grid.scale_bits)
+        parts.append(StoredTensor(f"{base}_scale_packed", "int32", (*stack, rows, words), "scales"))
+        parts.append(StoredTensor(f"{base}_scale_unit", dtype, (*stack, rows, 1), "scales"))
     if not grid.symmetric:
         zeros = (*stack, packed_words(rows, grid.bits), groups)
         parts.append(StoredTensor(f"{base}_zero_point", "int32", zeros, "zero_points"))

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from packlight.plan.kernels import resident_tensor_bytes
-from packlight.plan.layout import DEFAULT_LAYOUT, Layout, Role, tensor_layout
+from packlight.plan.layout import Layout, Role, matrix_shape, tensor_layout
 from packlight.spec import DTYPE_BYTES, Budget, ModelSpec, Precision, TensorSpec
 
 PREFILL_CHUNK = 128
@@ -24,6 +24,10 @@ OVERHEAD_ACTIVATIONS = 2
 """What the allocator rounds up and fragments: a share of the weights, a constant, something for each layer's many
 tensors, and holes in the heap of a multiple of the activations. Fitted to the demo model and stories15M in float32,
 bfloat16, int8 and int4, where it is within 8 % of the whole peak; see `evidence/`."""
+CALIBRATION_BATCH = 4
+"""Windows that pass through a block at once."""
+CALIBRATION_MATRICES = 6
+"""Square matrices of the widest input that are held at once: second moments, their factors and copies."""
 LOGITS_BYTES = 4
 """Logits are float32."""
 
@@ -77,6 +81,27 @@ class JobRates:
     read_bytes_per_s: float = 1000e6
     quantize_weights_per_s: float = 120e6
     write_bytes_per_s: float = 300e6
+    flops_per_s: float = 0.1e12
+
+
+@dataclass(frozen=True)
+class CalibrationSize:
+    """The text that passes through the blocks while they are compressed.
+
+    Args:
+        windows, window: how many windows of how many tokens.
+        on_disk: whether the hidden states between two blocks are kept on disk.
+        passes: forward passes of every block over the whole text; a backward pass counts as two.
+    """
+
+    windows: int
+    window: int
+    on_disk: bool = False
+    passes: float = 2.0
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.window
 
 
 @dataclass(frozen=True)
@@ -87,7 +112,7 @@ class JobPlan:
     minutes: float
 
 
-def disk_bytes(spec: ModelSpec, precision: Precision, layout: Layout = DEFAULT_LAYOUT) -> DiskBytes:
+def disk_bytes(spec: ModelSpec, precision: Precision, layout: Layout | None = None) -> DiskBytes:
     """Exact bytes of tensor data in the file. A tied embedding is stored once."""
     sums: dict[Role, int] = {"codes": 0, "scales": 0, "zero_points": 0, "shapes": 0, "left_alone": 0}
     for part in tensor_layout(spec, precision, layout):
@@ -95,7 +120,7 @@ def disk_bytes(spec: ModelSpec, precision: Precision, layout: Layout = DEFAULT_L
     return DiskBytes(**sums)
 
 
-def bits_per_weight(spec: ModelSpec, precision: Precision, layout: Layout = DEFAULT_LAYOUT) -> float:
+def bits_per_weight(spec: ModelSpec, precision: Precision, layout: Layout | None = None) -> float:
     """Bits on disk per parameter, scales and everything left alone included."""
     return 8 * disk_bytes(spec, precision, layout).total / spec.num_params
 
@@ -166,7 +191,14 @@ def runtime_bytes(spec: ModelSpec, precision: Precision, budget: Budget) -> Memo
     )
 
 
-def job_plan(spec: ModelSpec, precision: Precision, rates: JobRates | None = None) -> JobPlan:
+def stream_bytes(spec: ModelSpec, calibration: CalibrationSize) -> int:
+    """Bytes of the hidden states that a calibrated walk keeps between two blocks: three streams in float32."""
+    return 3 * 4 * calibration.tokens * spec.hidden_size
+
+
+def job_plan(
+    spec: ModelSpec, precision: Precision, calibration: CalibrationSize | None = None, rates: JobRates | None = None
+) -> JobPlan:
     """Peak memory and minutes of a block-by-block job.
 
     The walk holds one block at a time: first everything outside the layers but the head, then each layer, then the
@@ -175,7 +207,7 @@ def job_plan(spec: ModelSpec, precision: Precision, rates: JobRates | None = Non
     """
     rates = rates or JobRates()
     read = sum(tensor.nbytes for tensor in spec.tensors)
-    changed = sum(tensor.numel for tensor in spec.tensors if precision.grid_of(tensor.kind) is not None)
+    changed = sum(tensor.numel for tensor in spec.tensors if precision.grid_of(tensor) is not None)
     seconds = (
         read / rates.read_bytes_per_s
         + changed / rates.quantize_weights_per_s
@@ -184,7 +216,23 @@ def job_plan(spec: ModelSpec, precision: Precision, rates: JobRates | None = Non
     outside, *others = _blocks(spec.tensors)
     stays = sum(tensor.numel * DTYPE_BYTES[precision.dtype] for tensor in outside)
     peaks = [_block_peak(outside, precision), *(stays + _block_peak(block, precision) for block in others)]
-    return JobPlan(max(peaks), seconds / 60)
+    if calibration is None:
+        return JobPlan(max(peaks), seconds / 60)
+    matrices = [tensor for tensor in spec.tensors if tensor.kind in ("linear", "expert")]
+    widest = max((matrix_shape(tensor)[2] for tensor in matrices), default=0)
+    moments = CALIBRATION_MATRICES * 4 * widest**2
+    batch = min(CALIBRATION_BATCH, calibration.windows) * calibration.window
+    flowing = activation_bytes(spec, batch, "float32").total
+    in_memory = 0 if calibration.on_disk else stream_bytes(spec, calibration)
+    # The exact block, the changed one and the originals, each in float32.
+    blocks = max((3 * 4 * sum(tensor.numel for tensor in block) for block in others), default=0)
+    peak = max(peaks[0], stays + in_memory + moments + 2 * flowing + blocks)
+    per_token = sum(2 * tensor.numel for tensor in matrices)
+    squares = (
+        sum(2 * matrix_shape(tensor)[2] ** 2 for tensor in matrices) / 2
+    )  # matrices share inputs, by two and a bit
+    seconds += calibration.tokens * (calibration.passes * per_token + squares) / rates.flops_per_s
+    return JobPlan(peak, seconds / 60)
 
 
 _BLOCK = re.compile(r"(?:.*?\.)?\d+\.")
@@ -202,7 +250,7 @@ def _blocks(tensors: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
 
 def _block_peak(block: list[TensorSpec], precision: Precision) -> int:
     size = DTYPE_BYTES[precision.dtype]
-    quantized = [tensor.numel for tensor in block if precision.grid_of(tensor.kind) is not None]
+    quantized = [tensor.numel for tensor in block if precision.grid_of(tensor) is not None]
     alone = sum(tensor.numel for tensor in block) - sum(quantized)
     return sum(tensor.nbytes for tensor in block) + max(quantized, default=0) * (1 + size) + alone * size
 

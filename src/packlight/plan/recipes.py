@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from packlight.plan.layout import artifact_bytes, matrix_shape
+from packlight.plan.layout import artifact_bytes, layout_of, matrix_shape
 from packlight.plan.memory import MemoryPlan, runtime_bytes
 from packlight.plan.speed import Speed, decode_speed
 from packlight.spec import DTYPE_BYTES, FLOAT_DTYPES, Budget, Grid, Hardware, ModelSpec, Precision, format_size
@@ -74,7 +74,7 @@ def candidates(spec: ModelSpec, is_portable_only: bool = True) -> list[Precision
 
 def fits(precision: Precision, spec: ModelSpec) -> bool:
     """Whether every grid divides every row that it is asked to cover."""
-    grids = ((tensor, precision.grid_of(tensor.kind)) for tensor in spec.tensors)
+    grids = ((tensor, precision.grid_of(tensor)) for tensor in spec.tensors)
     return all(grid is None or grid.fits(matrix_shape(tensor)[2]) for tensor, grid in grids)
 
 
@@ -84,11 +84,11 @@ def loads_in_transformers(precision: Precision, spec: ModelSpec) -> bool:
     One grid loads; with zero points or with packed embeddings from transformers 5.21 on, which de-quantizes every
     matrix while it loads. Two different grids do not load, nor do fused experts or Conv1D matrices.
     """
-    if precision.linear is not None and precision.embedding not in (None, precision.linear):
-        return False
-    grids = [grid for grid in (precision.linear, precision.embedding) if grid is not None]
+    grids = precision.grids
     if not grids:
         return True
+    if layout_of(precision) == "packlight":
+        return False
     has_experts = any(tensor.kind == "expert" or ".experts." in tensor.name for tensor in spec.tensors)
     if has_experts or spec.model_type in _CONV1D_FAMILIES:
         return False
@@ -129,7 +129,7 @@ def loss_proxy(spec: ModelSpec, precision: Precision) -> float:
     """Expected relative squared error of the stored weights, averaged over all parameters."""
     error = 0.0
     for tensor in spec.tensors:
-        grid = precision.grid_of(tensor.kind)
+        grid = precision.grid_of(tensor)
         if grid is None:
             error += tensor.numel * _dtype_error(tensor.dtype, precision.dtype)
         else:

@@ -6,7 +6,7 @@ they come, `stream_text` turns them into text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from transformers.cache_utils import Cache
 from packlight.errors import CheckpointError, UsageError
 from packlight.plan.memory import PREFILL_CHUNK
 from packlight.runtime import kv_cache
+
+SAMPLED_TOGETHER = 32
+"""Texts that `sample_windows` makes up at once: a step reads the weights once for all of them."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,31 @@ def generate(
         yield int(token)
         if made + 1 < room:
             logits = step(model, token, cache)
+
+
+def sample_windows(
+    model: PreTrainedModel, windows: int, tokens: int, seed: int, tick: Callable[[], None]
+) -> list[list[int]]:
+    """Texts that the model makes up at temperature 1, each from a first token that is drawn evenly from its vocabulary.
+
+    Args:
+        windows: number of texts.
+        tokens: length of each.
+        tick: called after each of `ceil(windows / SAMPLED_TOGETHER)` batches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    made: list[list[int]] = []
+    while len(made) < windows:
+        count = min(SAMPLED_TOGETHER, windows - len(made))
+        ids = torch.randint(0, vocab, (count, 1), generator=generator)
+        cache = kv_cache.allocate(model.config, tokens)
+        for _ in range(tokens - 1):
+            logits = step(model, ids[:, -1:], cache)
+            ids = torch.cat([ids, sample(logits, Sampling(temperature=1.0), generator)], dim=1)
+        made += ids.tolist()
+        tick()
+    return made
 
 
 def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:

@@ -1,0 +1,122 @@
+"""GPTQ: every matrix is rounded so that its output, not its weights, changes least on a calibration text.
+
+The text passes through the blocks as they are compressed, so that each matrix is fitted to what will really reach it.
+`ops/gptq.py` has the arithmetic. Act-order is on by default: small Llama-type models come out worse than rounding to
+nearest without it. Its limits: it minimizes each layer's error on its own, and at 2 bits that is not enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from packlight.compress.listen import input_groups, inputs_of
+from packlight.compress.quantize.options import GridOptions, relative_error
+from packlight.compress.walk import Block
+from packlight.errors import UsageError
+from packlight.evidence import Measurement
+from packlight.ops.gptq import DAMPING, gptq, output_error
+from packlight.ops.grid import Clip
+
+
+@dataclass(frozen=True)
+class Gptq(GridOptions):
+    """GPTQ (arXiv 2210.17323) and its asymmetric form GPTAQ (arXiv 2504.02692).
+
+    Args:
+        act_order: round the columns with the largest activations first.
+        static_groups: fit the points of all groups before the first column is rounded; act-order needs it.
+        true_sequential: within a block, let each group of matrices see its inputs after the groups before it have been
+            rounded; otherwise all inputs are gathered in one pass.
+        damping: share of the mean diagonal of H that is added to its diagonal.
+        asymmetry: how much of the difference between what enters a layer of the original and what enters it now is
+            made up for, 0 (GPTQ) to 1 (GPTAQ as derived; its authors' code takes 0.25).
+    """
+
+    clip: Clip = "mse"
+    act_order: bool = True
+    static_groups: bool = True
+    true_sequential: bool = True
+    damping: float = DAMPING
+    asymmetry: float = 0.0
+
+    name: ClassVar[str] = "gptq"
+    needs_inputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.damping <= 1:
+            raise UsageError(f"damping is above 0 and at most 1, not {self.damping}")
+        if not 0 <= self.asymmetry <= 1:
+            raise UsageError(f"asymmetry is 0 to 1, not {self.asymmetry}")
+        if self.act_order and not self.static_groups:
+            raise UsageError("act-order needs static groups")
+
+    @property
+    def passes(self) -> float:
+        """Two of the walk and one to gather inputs; half as much again where each group of matrices has its own pass,
+        which ends at the group; all of that again in the original block for asymmetry."""
+        gathering = 1.5 if self.true_sequential else 1.0
+        return 2 + gathering * (2 if self.asymmetry else 1)
+
+    def apply_(self, blocks: Iterable[Block]) -> Iterator[Measurement]:
+        """Matrices inside the blocks by GPTQ, embedding and head to nearest; one row per block."""
+        for block in blocks:
+            originals = {name: weight.clone() for name, _, weight in self.matrices(block)}
+            if block.activations is not None:
+                yield self._solve(block, originals)
+            else:
+                self.round_(block)
+                yield relative_error(block, originals)
+
+    @torch.no_grad()
+    def _solve(self, block: Block, originals: dict[str, torch.Tensor]) -> Measurement:
+        grids = {name: grid for name, grid, _ in self.matrices(block)}
+        groups = input_groups(block, list(grids))
+        error = norm = 0.0
+        moments = {} if self.true_sequential else {g.names: self._moments(block, g.names, originals) for g in groups}
+        for group in groups:
+            hessian, cross = moments.get(group.names) or self._moments(block, group.names, originals)
+            for name in group.names:
+                packed = gptq(
+                    originals[name],
+                    hessian,
+                    grids[name],
+                    self.scale_dtype,
+                    self.act_order,
+                    self.static_groups,
+                    self.clip,
+                    self.damping,
+                    cross=cross,
+                    name=name,
+                )
+                block.pack_(name, packed)
+                error += output_error(originals[name], block.tensor(name), hessian)
+                norm += output_error(originals[name], torch.zeros_like(originals[name]), hessian)
+        return Measurement(
+            "relative_output_error",
+            error / norm if norm else 0.0,
+            "1",
+            block.name,
+            note="||(W - W') X||^2 / ||W X||^2 on the calibration text",
+        )
+
+    def _moments(
+        self, block: Block, names: tuple[str, ...], originals: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sum of x x^T over all tokens, and of (x~ - x) x^T where asymmetry asks for it, (cols, cols) each."""
+        assert block.activations is not None
+        cols = originals[names[0]].shape[1]
+        hessian = torch.zeros(cols, cols)
+        cross = torch.zeros(cols, cols) if self.asymmetry else None
+        for part in block.activations.batches():
+            x = inputs_of(block, names[0], block.activations.inputs[part])
+            hessian.addmm_(x.T, x)
+            if cross is not None:
+                with block.showing(originals):
+                    exact = inputs_of(block, names[0], block.activations.exact[part])
+                cross.addmm_((exact - x).T, x, alpha=self.asymmetry)
+        return hessian, cross
