@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from packlight.checkpoint.tensors import check_architecture, has_nan
 from packlight.compress import run as compress
 from packlight.compress.calibration import CalibrationText, Prepared, prepare
 from packlight.compress.registry import build
+from packlight.compress.sensitivity import known_losses
 from packlight.compress.step import Step
 from packlight.compress.walk import Calibration, WalkResult
 from packlight.errors import BudgetError, CheckpointError, ProofError
@@ -40,9 +41,19 @@ from packlight.measure.quality import Reference, evaluate_reference
 from packlight.measure.quality import evaluate as compare
 from packlight.measure.size import disk_size, size_rows
 from packlight.measure.text import load_text, windows
+from packlight.plan.allocate import END_GRIDS, INNER_GRIDS, Allocation, allocate_within, least_precision
 from packlight.plan.layout import Layout, artifact_bytes, check_layout, layout_of, tensor_layout
 from packlight.plan.memory import disk_bytes, runtime_bytes, stream_bytes
-from packlight.plan.recipes import MEMORY_MARGIN, Candidate, candidates, loads_in_transformers, rank, smallest
+from packlight.plan.recipes import (
+    MEMORY_MARGIN,
+    QUANTIZED_DTYPE,
+    Candidate,
+    candidates,
+    judge,
+    loads_in_transformers,
+    rank,
+    smallest,
+)
 from packlight.plan.speed import decode_speed, prefill_speed
 from packlight.report.card import model_card
 from packlight.runtime.allocator import weights_apart
@@ -51,6 +62,8 @@ from packlight.runtime.load import load_model, load_tokenizer
 from packlight.spec import FLOAT_DTYPES, Budget, Hardware, ModelSpec, Precision, format_size
 
 PROOF_TOKENS = 64
+FIT_WINDOWS = 32
+"""Windows of calibration text that `fit` takes: a quarter of what `quantize` takes, for nearly all of the gain."""
 SPARE_BYTES = 10_000_000
 """Kept free beside the weights: tokenizer, ledger, card."""
 ORIGINAL, PACKED = "original", "packed"
@@ -119,6 +132,22 @@ class Compared:
     rows: list[list[Measurement]]
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """How `fit` spends a budget.
+
+    Args:
+        method: what rounds the weights.
+        is_uniform: one grid for all blocks, from shapes alone, which stock transformers loads; otherwise every matrix
+            gets a grid of its own, by what it costs the model.
+        calibration: text for the method, and for what matrices cost.
+    """
+
+    method: str = "gptq"
+    is_uniform: bool = False
+    calibration: CalibrationText = field(default_factory=lambda: CalibrationText(windows=FIT_WINDOWS))
+
+
 def fit(
     model: str,
     out: Path,
@@ -126,39 +155,60 @@ def fit(
     yardstick: Yardstick,
     watcher: Watcher,
     threads: int | None = None,
+    strategy: Strategy | None = None,
 ) -> Made:
-    """Find the best recipe for a budget from headers alone, apply it, measure the result and say whether it fits.
+    """Find the best recipe for a budget, apply it, measure the result and say whether it fits.
 
     Args:
         model: anything `open_checkpoint` takes, not yet quantized.
         out: the artifact's directory; one made earlier by the same request is returned as it is.
+        strategy: how the budget is spent; default: every matrix on a grid of its own, by GPTQ.
 
     Raises:
         BudgetError: no recipe meets the budget; nothing is written.
         UsageError: bad input, or a target that cannot be written.
     """
+    strategy = strategy or Strategy()
     checkpoint = _open(model)
-    asked = asdict(budget)
+    asked = asdict(budget) | {"method": strategy.method, "uniform": strategy.is_uniform}
     compress.check_dense(checkpoint)
+    method = build({"method": strategy.method})
     cut, note = _windows(checkpoint, yardstick)
-    request = _request(checkpoint) | {"asked": asked, "text": note}
+    text = prepare(checkpoint, strategy.calibration, method.passes)
+    request = _request(checkpoint) | {"asked": asked, "text": note, "calibration": text.asked()}
     if save.made_earlier(out, request):
         watcher.say(f"{out} was made by the same request: nothing to do")
         return _judged(out, evidence.read(out / LEDGER_NAME), budget)
     save.refuse_existing(out)
     # What is out of reach whatever the speed is said before the seconds that a probe takes.
-    choose(checkpoint.spec, replace(budget, min_tps=None), find_hardware(threads, is_probed=False))
+    spec, untimed = checkpoint.spec, replace(budget, min_tps=None)
+    unprobed = find_hardware(threads, is_probed=False)
+    whole = [judge(spec, precision, untimed, unprobed) for precision in candidates(spec) if not precision.grids]
+    is_uniform = strategy.is_uniform or any(candidate.is_feasible for candidate in whole)
+    if is_uniform:
+        choose(spec, untimed, unprobed)
+    elif not (least := judge(spec, least_precision(spec), untimed, unprobed)).is_feasible:
+        raise BudgetError(_too_little(least, budget))
     machine = probe(watcher, threads)
-    chosen = choose(checkpoint.spec, budget, machine)
-    watcher.say(f"chose {chosen.precision}: {_promise(chosen)}")
-    step = build(step_options(chosen.precision))
-    layout = layout_of(step.precision)
+    allocation: Allocation | None = None
+    if is_uniform:
+        precision = choose(spec, budget, machine).precision
+    else:
+        allocation = _allocate(checkpoint, text, budget, machine, watcher)
+        precision = Precision.of(QUANTIZED_DTYPE, allocation.grids, spec.tensors)
+    watcher.say(f"chose {precision}: {_promise(judge(spec, precision, budget, machine))}")
+    step = build(step_options(precision, spec, strategy.method))
 
     def measure(packed: Checkpoint, ledger: Ledger) -> None:
+        if allocation is not None and not ledger.has("predicted_kl", PACKED):
+            ledger.add(_spent(allocation, step.loss_share))
         _measure_pair(checkpoint, packed, budget, machine, ledger, watcher)
-        _quality_pair(checkpoint, packed, cut, note, ledger, watcher)
+        predicted = None if allocation is None else allocation.loss * step.loss_share
+        _quality_pair(checkpoint, packed, cut, note, ledger, watcher, predicted)
 
-    return _judged(out, _make(checkpoint, step, out, request, layout, None, measure, watcher), budget)
+    read = text if step.needs_inputs else None
+    rows = _make(checkpoint, step, out, request, layout_of(step.precision), read, measure, watcher)
+    return _judged(out, rows, budget)
 
 
 def quantize(
@@ -258,30 +308,41 @@ def choose(spec: ModelSpec, budget: Budget, machine: Hardware) -> Candidate:
     judged = rank(spec, budget, machine, candidates(spec))
     if judged and judged[0].is_feasible:
         return judged[0]
-    least = smallest(judged)
+    raise BudgetError(_too_little(smallest(judged), budget))
+
+
+def _too_little(least: Candidate, budget: Budget) -> str:
     total = least.memory.total
     reasons = list(least.reasons)
     if budget.memory_bytes is not None and total * MEMORY_MARGIN > budget.memory_bytes:
         # Half a percent more, as the number is written with three digits and may be rounded down.
         reasons.append(f"allow {format_size(total * MEMORY_MARGIN * 1.005)} or more")
-    raise BudgetError(
+    return (
         f"no recipe fits: the smallest, {least.precision}, takes {format_size(total)} at a context of "
         f"{budget.context} for {budget.users} user{'s' * (budget.users > 1)}: {'; '.join(reasons)}"
     )
 
 
-def step_options(precision: Precision) -> dict[str, Any]:
-    """The recipe entry that gives a precision."""
-    if precision.linear is None:
+def step_options(precision: Precision, spec: ModelSpec, method: str = "rtn") -> dict[str, Any]:
+    """The recipe entry that gives a precision: the usual grid of each kind, and every tensor that has another one."""
+    if not precision.grids:
         return {"method": "cast", "dtype": precision.dtype}
-    return {
-        "method": "rtn",
-        "bits": precision.linear.bits,
-        "group_size": precision.linear.group_size,
-        "symmetric": precision.linear.symmetric,
+    linear = precision.linear or precision.grids[0]
+    options: dict[str, Any] = {
+        "method": method,
+        "bits": linear.bits,
+        "group_size": linear.group_size,
+        "symmetric": linear.symmetric,
+        "scale_bits": linear.scale_bits,
         "embeddings": None if precision.embedding is None else precision.embedding.bits,
         "dtype": precision.dtype,
     }
+    usual, others = build(options).precision, []
+    for tensor in spec.tensors:
+        grid = precision.grid_of(tensor)
+        if grid != usual.grid_of(tensor):
+            others.append([tensor.name, None if grid is None else str(grid)])
+    return options | {"grids": others}
 
 
 def _make(
@@ -313,7 +374,8 @@ def _make(
             tick = watcher.stage("proving the artifact in fresh processes", 1)
             ledger.add(proof.prove(work.artifact, loads_in_transformers(precision, spec)))
             tick()
-        card = model_card(_short_name(checkpoint.source), ledger.rows, save.recipe_text(recipe))
+        name, text_of = _short_name(checkpoint.source), save.recipe_text(recipe)
+        card = model_card(name, ledger.rows, text_of, layout == "packlight" and bool(precision.grids))
         (work.artifact / "README.md").write_text(card, encoding="utf-8")
         shutil.copyfile(ledger.path, work.artifact / LEDGER_NAME)
         save.publish(work)
@@ -364,6 +426,32 @@ def _compress(
         ledger.add([Measurement("job_peak_bytes", peak, "bytes", PACKED, predicted=claim.peak_bytes)])
         ledger.add([Measurement("job_s", taken_s, "s", PACKED, predicted=60 * claim.minutes)])
     proof.record(work.artifact, ids, result.proof_logits, compress.digests(work.blocks))
+
+
+def _allocate(
+    checkpoint: Checkpoint, text: Prepared, budget: Budget, machine: Hardware, watcher: Watcher
+) -> Allocation:
+    """A grid for every matrix, by what each costs on each.
+
+    Raises:
+        BudgetError: no choice meets the budget.
+    """
+    spec = checkpoint.spec
+    tick = watcher.stage("what every matrix costs on every grid", 2 * spec.num_layers + 2)
+    losses = known_losses(checkpoint, text, INNER_GRIDS, END_GRIDS, QUANTIZED_DTYPE, tick)
+    found = allocate_within(spec, losses, budget, machine, QUANTIZED_DTYPE)
+    if found is None:
+        raise BudgetError(_too_little(judge(spec, least_precision(spec), budget, machine), budget))
+    return found
+
+
+def _spent(allocation: Allocation, share: float) -> Iterator[Measurement]:
+    """What was bought with which bytes: a row for every matrix, and their sum."""
+    for name, option in allocation.chosen.items():
+        note = f"{option.grid}, {option.nbytes} bytes in memory"
+        yield Measurement("predicted_kl", option.loss * share, "nats", name, note=note)
+    note = f"the sum of {len(allocation.chosen)} matrices, {allocation.nbytes} bytes in memory"
+    yield Measurement("predicted_kl", allocation.loss * share, "nats", PACKED, note=note)
 
 
 def _prepare(checkpoint: Checkpoint, step: Step, calibration: CalibrationText | None) -> Prepared | None:
@@ -438,13 +526,14 @@ def _quality_pair(
     note: str,
     ledger: Ledger,
     watcher: Watcher,
+    predicted_kl: float | None = None,
 ) -> None:
     if ledger.has("kl", PACKED):
         return
     rows, reference = _quality(original, ORIGINAL, cut, note, None, watcher)
     ledger.add(rows)
     rows, _ = _quality(packed, PACKED, cut, note, reference, watcher)
-    ledger.add(rows)
+    ledger.add(replace(row, predicted=predicted_kl) if row.name == "kl" else row for row in rows)
 
 
 def _quality(

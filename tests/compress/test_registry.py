@@ -32,7 +32,7 @@ def test_building_leaves_the_options_alone() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"method": None}, {"method": ""}, {"method": "awq"}])
 def test_an_unknown_method_names_the_known_ones(options: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match=r"there is no method .*: choose one of cast, gptq, rtn"):
+    with pytest.raises(UsageError, match=r"there is no method .*: choose one of cast, gptq, hqq, learned, rtn"):
         build(options)
 
 

@@ -262,6 +262,32 @@ def test_stock_transformers_is_held_to_the_same(copy: Path, monkeypatch: pytest.
         list(proof.prove(copy))
 
 
+def test_packlights_own_layout_is_proved_with_packlight_imported(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = make_artifact(tiny_model_dir(tied=True), tmp_path / "out", **{**ALL_INT4, "bits": 3})
+    rows = {row.name: row for row in pipeline.prove(directory)}
+    row = rows["proof_transformers_kl"]
+    assert isinstance(row.value, float) and 0 <= row.value <= LIMIT
+    assert row.note == f"limit {LIMIT:g}; with packlight imported"
+    assert rows["greedy_agreement"].value == 1  # the same modules run the same kernels
+    assert "transformers with packlight imported" in str(rows["greedy_agreement"].note)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_transformers_cannot_load_is_a_row_without_a_value(artifact: Path) -> None:
+    rows = {row.name: row for row in proof.prove(artifact, is_portable=False)}
+    assert rows["proof_transformers_kl"].value is None
+    assert rows["proof_transformers_kl"].note == "the installed transformers cannot load this"
+    assert "greedy_agreement" not in rows
+
+
+def test_stock_transformers_alone_may_not_import_packlight(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof.child, "ask", lambda arguments, asked: {**proof._answer(**asked), "imported": True})
+    with pytest.raises(ProofError, match="was to use stock transformers alone imported packlight"):
+        list(proof.prove(artifact))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", "gemma2"])
 def test_other_architectures_are_proved(tmp_path: Path, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from packlight.cli import options
-from packlight.cli.output import complain, print_json, print_rows, progress, rows_as_json
+from packlight.cli.output import complain, print_json, print_rows, print_spending, progress, rows_as_json
 
 
 def fit(
@@ -27,6 +27,25 @@ def fit(
     data: options.Data = None,
     window: Annotated[int, typer.Option("--window", help="Tokens per window of the text.", min=2)] = 512,
     tokens: options.Tokens = 8192,
+    method: Annotated[
+        str, typer.Option("--method", help="What rounds the weights: rtn, gptq, learned or hqq.")
+    ] = "gptq",
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="One grid for all blocks, which stock transformers loads without packlight."),
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            help="Text to calibrate on, or self: made up by the model; default: another part of the bundled text.",
+            metavar="FILE|self",
+        ),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option("--windows", help="Windows of 512 tokens of calibration text, at most.", min=1)
+    ] = 32,
+    explain: Annotated[bool, typer.Option("--explain", help="Print what was bought with which bytes.")] = False,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -40,14 +59,18 @@ def fit(
 
       packlight fit demo --memory 160MB --context 1024 --out build/demo
 
+      packlight fit demo --memory 130MB --explain --out build/small
+
       packlight fit org/name --memory 6GiB --context 8192 --users 4 --min-tps 10 --max-loss 5 --out fitted
     """
     asked = options.budget(memory, context, users, min_tps, options.parse_max_loss(max_loss))
-    from packlight.pipeline import Yardstick
+    from packlight.compress.calibration import CalibrationText, parse_data
+    from packlight.pipeline import Strategy, Yardstick
     from packlight.pipeline import fit as run
 
+    strategy = Strategy(method, uniform, CalibrationText(parse_data(calibration), windows))
     with progress(quiet) as shown:
-        made = run(model, out, asked, Yardstick(data, window, tokens), shown, threads)
+        made = run(model, out, asked, Yardstick(data, window, tokens), shown, threads, strategy)
     if json:
         print_json(
             {
@@ -61,6 +84,8 @@ def fit(
     else:
         print_rows(made.rows, f"{model} -> {made.path}")
         print(f"text: {made.text}")
+        if explain:
+            print_spending(made.rows)
         print("the promise is kept" if made.is_promise_kept else "the promise is missed")
     if not made.is_promise_kept:
         complain(f"{made.path} is finished and proved, but {'; '.join(made.missed)}")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from packlight.evidence import Measurement
+from packlight.spec import format_size
 
 _BAR_AFTER_S = 2.0
 
@@ -107,6 +108,31 @@ def print_rows(rows: Sequence[Measurement], title: str) -> None:
 
     print(title)  # not as the table's own, which is wrapped to the table's width
     Console(highlight=False).print(rich_table(rows))
+
+
+def print_spending(rows: Sequence[Measurement]) -> None:
+    """What was bought with which bytes, on stdout; a line where nothing was weighed."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from packlight.report.spending import spending
+
+    spent = spending(rows)
+    if not spent:
+        print("nothing was weighed: every block has the same grid, chosen from shapes alone")
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("matrices")
+    table.add_column("grid")
+    for name in ("count", "in memory", "predicted nats"):
+        table.add_column(name, justify="right")
+    for one in spent:
+        table.add_row(one.role, one.grid, str(one.count), format_size(one.nbytes), f"{one.nats:.4f}")
+    whole = (sum(one.count for one in spent), sum(one.nbytes for one in spent), sum(one.nats for one in spent))
+    table.add_section()
+    table.add_row("all", "", str(whole[0]), format_size(whole[1]), f"{whole[2]:.4f}")
+    Console(highlight=False).print(table)
 
 
 def rows_as_json(rows: Sequence[Measurement]) -> list[dict[str, Any]]:

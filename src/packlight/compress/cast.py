@@ -33,6 +33,7 @@ class Cast:
     needs: ClassVar[frozenset[str]] = frozenset({"dense"})
     breaks: ClassVar[frozenset[str]] = frozenset()
     needs_inputs: ClassVar[bool] = False
+    loss_share: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         Precision(self.dtype)  # checks the name

@@ -14,6 +14,8 @@ from packlight.errors import UsageError
 METHODS: dict[str, str] = {
     "cast": "packlight.compress.cast:Cast",
     "gptq": "packlight.compress.quantize.gptq:Gptq",
+    "hqq": "packlight.compress.quantize.hqq:Hqq",
+    "learned": "packlight.compress.quantize.learned:Learned",
     "rtn": "packlight.compress.quantize.rtn:Rtn",
 }
 

@@ -43,6 +43,9 @@ class Step(Protocol):
     needs_inputs: ClassVar[bool]
     """Whether `apply_` reads `Block.activations`; if not, no calibration text is pushed through the model."""
 
+    loss_share: ClassVar[float]
+    """What is left of the loss of rounding to nearest, about; 1 for a method that is no better."""
+
     @property
     def passes(self) -> float:
         """Forward passes of a block over the calibration text, the walk's own two included; a backward pass counts as

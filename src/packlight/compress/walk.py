@@ -203,7 +203,7 @@ def walk(
     calls: list[Call] = []
     hidden = proof
     activations: Activations | None = None
-    for index, (name, kind, module, tensors) in enumerate(_stages(checkpoint, model, layers)):
+    for index, (name, kind, module, tensors) in enumerate(stages(checkpoint, model, layers)):
         specs = {t.name: t for t in checkpoint.spec.tensors if t.name in set(tensors)}
         at_hand = activations if kind == "layer" else None
         block = Block(name, index, kind, module, tensors, specs, at_hand, model)
@@ -213,17 +213,17 @@ def walk(
                 activations = _embedded(model, layers, calibration)
             else:
                 assert activations is not None
-                _cast_(model, tensors, torch.float32)
+                cast_(model, tensors, torch.float32)
                 activations.enter(module, index - 1)
         if not restore(block):
             if calibration is None or kind == "head":
                 load_dense_(model, checkpoint, tensors, keep_dtype=True)
             yield block
             store(block)
-        _cast_(model, tensors, dtype)
+        cast_(model, tensors, dtype)
         if kind == "embedding":
             model.tie_weights()
-            calls = _record_calls(model, layers, proof)
+            calls = record_calls(model, layers, proof)
             hidden = calls[0].hidden_states
             if activations is not None and calibration is not None:
                 activations.inputs = _embed(model, layers, calibration, activations.inputs)
@@ -231,9 +231,9 @@ def walk(
             with torch.no_grad():
                 hidden = run_block(module, hidden, calls[index - 1])
             if activations is not None:
-                _cast_(model, tensors, torch.float32)
+                cast_(model, tensors, torch.float32)
                 activations.leave(module, index - 1)
-            _free_(model, tensors)
+            free_(model, tensors)
         else:
             result.proof_logits = _head_logits(model, layers, proof, hidden)
 
@@ -300,7 +300,8 @@ class _Stand(nn.Module):
 
 
 @contextmanager
-def _standing_in(layers: nn.ModuleList, output: torch.Tensor | None = None) -> Iterator[list[_Stand]]:
+def standing_in(layers: nn.ModuleList, output: torch.Tensor | None = None) -> Iterator[list[_Stand]]:
+    """The model without its blocks: each hands on its input, or `output`."""
     real = list(layers)
     stands = [_Stand(block, output) for block in real]
     for place, stand in enumerate(stands):
@@ -313,9 +314,9 @@ def _standing_in(layers: nn.ModuleList, output: torch.Tensor | None = None) -> I
 
 
 @torch.no_grad()
-def _record_calls(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[Call]:
+def record_calls(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[Call]:
     """How the model calls each of its blocks on `ids`, found by a pass that skips the blocks."""
-    with _standing_in(layers) as stands:
+    with standing_in(layers) as stands:
         model.base_model(ids, use_cache=False)
     return [stand.call for stand in stands if stand.call is not None]
 
@@ -331,7 +332,7 @@ def run_block(module: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tens
 def _embedded(model: PreTrainedModel, layers: nn.ModuleList, calibration: Calibration) -> Activations:
     """The hidden states that enter the first block, in both streams, and how each block is called."""
     model.tie_weights()
-    calls = _record_calls(model, layers, torch.tensor(calibration.windows[:1]))
+    calls = record_calls(model, layers, torch.tensor(calibration.windows[:1]))
     width = calls[0].hidden_states.shape[-1]
     inputs, exact, targets = (calibration.allocate(name, width) for name in ("inputs", "exact", "targets"))
     made = Activations(inputs, exact, targets, [call.in_float32() for call in calls], calibration.batch)
@@ -344,7 +345,7 @@ def _embedded(model: PreTrainedModel, layers: nn.ModuleList, calibration: Calibr
 def _embed(model: PreTrainedModel, layers: nn.ModuleList, calibration: Calibration, out: torch.Tensor) -> torch.Tensor:
     for start in range(0, len(calibration.windows), calibration.batch):
         ids = torch.tensor(calibration.windows[start : start + calibration.batch])
-        out[start : start + len(ids)] = _record_calls(model, layers, ids)[0].hidden_states.float()
+        out[start : start + len(ids)] = record_calls(model, layers, ids)[0].hidden_states.float()
     return out
 
 
@@ -353,12 +354,12 @@ def _head_logits(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, hidden: torch.Tensor
 ) -> torch.Tensor:
     """Final norm, head and whatever the model does to its logits, (tokens, vocab) float32."""
-    with _standing_in(layers, output=hidden):
+    with standing_in(layers, output=hidden):
         logits: torch.Tensor = model(ids, use_cache=False).logits
         return logits[0].float()
 
 
-def _stages(
+def stages(
     checkpoint: Checkpoint, model: PreTrainedModel, layers: nn.ModuleList
 ) -> list[tuple[str, BlockKind, nn.Module, list[str]]]:
     """(name, kind, module, stored tensor names): everything outside the blocks but the head first, the head last."""
@@ -377,7 +378,7 @@ def _stages(
     return [("embedding", "embedding", model, outside), *stages, ("head", "head", model, head_tensors)]
 
 
-def _cast_(model: PreTrainedModel, tensors: list[str], dtype: torch.dtype) -> None:
+def cast_(model: PreTrainedModel, tensors: list[str], dtype: torch.dtype) -> None:
     """The compute dtype for every tensor of a finished block: from here on it is what was stored."""
     state = model.state_dict(keep_vars=True)
     for name in tensors:
@@ -385,7 +386,8 @@ def _cast_(model: PreTrainedModel, tensors: list[str], dtype: torch.dtype) -> No
             put_(model, name, state[name].data.to(dtype))
 
 
-def _free_(model: PreTrainedModel, tensors: list[str]) -> None:
+def free_(model: PreTrainedModel, tensors: list[str]) -> None:
+    """Let go of a block's weights."""
     state = model.state_dict(keep_vars=True)
     for name in tensors:
         put_(model, name, state[name].data.to("meta"))

@@ -2,7 +2,8 @@
 
 `record` writes what the model said before it was saved: the most probable tokens after the last positions of a prompt,
 from the tensors that were in memory. `prove` loads the artifact in fresh processes, once with packlight's runtime and
-once with stock transformers, and compares. Nothing is called saved before that.
+once with stock transformers, and compares. Nothing is called saved before that. Artifacts in packlight's own layout
+are loaded by transformers with packlight imported, and the rows say so; all others, by transformers alone.
 
 Besides, `record` keeps a hash of every tensor, de-quantized, and `prove` compares those of what is read back.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 
 from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.checkpoint.packed import packed_names, read_quantized
+from packlight.checkpoint.stored import OWN_METHOD
 from packlight.checkpoint.tensors import read_tensor
 from packlight.errors import MeasurementError, ProofError
 from packlight.evidence import Measurement
@@ -63,7 +66,7 @@ def prove(path: Path, is_portable: bool = True) -> Iterator[Measurement]:
 
     Args:
         path: the artifact.
-        is_portable: whether stock transformers is expected to load it.
+        is_portable: whether stock transformers alone is expected to load it.
 
     Raises:
         ProofError: no proof is recorded, a loading failed, or an answer differs by more than rounding.
@@ -81,15 +84,20 @@ def prove(path: Path, is_portable: bool = True) -> Iterator[Measurement]:
     yield _compare("proof_runtime_kl", proof, ours, limit, "packlight's runtime")
     yield _compare_digests(proof, ours["digests"])
     yield Measurement("packed_modules", ours["packed_modules"], "1", "packed", note=f"kernels: {ours['kernels']}")
-    if not is_portable:
+    is_own = _is_own(checkpoint)
+    if not (is_portable or is_own):
         yield Measurement(
             "proof_transformers_kl", None, "nats", "packed", note="the installed transformers cannot load this"
         )
         return
-    stock = _ask(["-P", child.script("stock_load.py")], asked, "stock transformers")
-    if stock["imported"]:
+    loader, imports = "stock transformers", {}
+    if is_own:
+        loader, imports = "transformers with packlight imported", {"imports": ["packlight"]}
+    stock = _ask(["-P", child.script("stock_load.py")], asked | imports, loader)
+    if stock["imported"] and not is_own:
         raise ProofError("the process that was to use stock transformers alone imported packlight")
-    yield _compare("proof_transformers_kl", proof, stock, limit, "stock transformers")
+    row = _compare("proof_transformers_kl", proof, stock, limit, loader)
+    yield replace(row, note=f"{row.note}; with packlight imported") if is_own else row
     same = sum(a == b for a, b in zip(ours["tokens"], stock["tokens"], strict=True))
     yield Measurement(
         "greedy_agreement",
@@ -97,7 +105,7 @@ def prove(path: Path, is_portable: bool = True) -> Iterator[Measurement]:
         "1",
         "packed",
         n=len(stock["tokens"]),
-        note="greedy tokens of stock transformers and of packlight's runtime; they part at near ties",
+        note=f"greedy tokens of {loader} and of packlight's runtime; they part at near ties",
     )
 
 
@@ -123,6 +131,12 @@ def distance(proof: dict[str, Any], log_probs: list[list[float]]) -> float:
     q = torch.tensor(log_probs, dtype=torch.float64)
     # Over a part of the vocabulary the sum alone can be negative; with q - p it is a divergence again.
     return float((p.exp() * (p - q) - p.exp() + q.exp()).sum(dim=-1).mean())
+
+
+def _is_own(checkpoint: Checkpoint) -> bool:
+    """Whether it has packlight's own layout."""
+    quantization = checkpoint.config.get("quantization_config") or {}
+    return bool(quantization.get("quant_method") == OWN_METHOD)
 
 
 def _ask(arguments: list[str], asked: dict[str, Any], loader: str) -> dict[str, Any]:

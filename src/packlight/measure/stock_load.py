@@ -1,9 +1,12 @@
-"""Load a checkpoint with stock transformers and answer with its log-probabilities. Run by path, without packlight.
+"""Load a checkpoint with stock transformers and answer with its log-probabilities. Run by path, without packlight,
+unless it is asked to import it.
 
 stdin: {"path", "ids", "top_ids", "max_tokens"}, where `top_ids` asks about some tokens after each of the last
-positions; the last line of stdout: {"log_probs", "tokens", "imported"}.
+positions, and "imports" where modules are to be imported before; the last line of stdout: {"log_probs", "tokens",
+"imported"}.
 """
 
+import importlib
 import json
 import sys
 from typing import Any
@@ -12,6 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 asked: Any = json.loads(sys.stdin.read())
+for name in asked.get("imports", ()):
+    importlib.import_module(name)
 loaded: Any = AutoModelForCausalLM.from_pretrained(asked["path"], output_loading_info=True, local_files_only=True)
 model, info = loaded
 wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}

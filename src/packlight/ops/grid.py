@@ -192,7 +192,7 @@ def _stored(low: torch.Tensor, high: torch.Tensor, grid: Grid, dtype: torch.dtyp
     scale = (high - low) / (grid.qmax - grid.qmin)
     coded = None
     if grid.scale_bits is None:
-        scale = _positive(scale, dtype)
+        scale = round_to_dtype(scale, dtype)
     else:
         coded = _coded(scale, grid.scale_bits, dtype)
         scale = coded.value()
@@ -207,7 +207,7 @@ def _stored(low: torch.Tensor, high: torch.Tensor, grid: Grid, dtype: torch.dtyp
 def _coded(scale: torch.Tensor, bits: int, dtype: torch.dtype) -> CodedScale:
     """Scales (rows, groups) rounded to unsigned codes times one unit a row."""
     most = (1 << bits) - 1
-    unit = _positive(scale.amax(dim=-1, keepdim=True) / most, dtype)
+    unit = round_to_dtype(scale.amax(dim=-1, keepdim=True) / most, dtype)
     codes = (scale / unit.float()).round_().clamp_(1, most)
     return CodedScale(codes.to(torch.uint8), unit)
 
@@ -254,7 +254,7 @@ def squared_norm(values: torch.Tensor) -> float:
     return sum(float(part.float().square().sum()) for part in values.split(ROW_CHUNK))
 
 
-def _positive(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales in their storage dtype, a group of zeros given scale 1, and no scale rounded down to zero."""
+def round_to_dtype(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales in their storage dtype: zero becomes 1, and no other is rounded to zero or to infinity."""
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return scale.clamp(min=torch.finfo(dtype).tiny, max=torch.finfo(dtype).max).to(dtype)

@@ -45,11 +45,11 @@ the environment that produced them.
 ## How to load it
 
 ```
-pip install 'transformers>=5.21' compressed-tensors
+pip install {packages}
 ```
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 directory = "path/to/this/directory"
 model = AutoModelForCausalLM.from_pretrained(directory)
@@ -60,13 +60,14 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 """
 
 
-def model_card(name: str, rows: Sequence[Measurement], recipe_text: str) -> str:
+def model_card(name: str, rows: Sequence[Measurement], recipe_text: str, is_own_layout: bool = False) -> str:
     """README.md of an artifact.
 
     Args:
         name: of the original model.
         rows: the artifact's ledger; only the rows of `STABLE_NAMES` are shown.
         recipe_text: content of `recipe.yaml`.
+        is_own_layout: whether transformers needs packlight to read it.
     """
     return _CARD.format(
         name=name,
@@ -74,6 +75,8 @@ def model_card(name: str, rows: Sequence[Measurement], recipe_text: str) -> str:
         fence=_fence(recipe_text),
         table=markdown_table(rows, STABLE_NAMES),
         ledger=LEDGER_NAME,
+        packages="packlight" if is_own_layout else "'transformers>=5.21' compressed-tensors",
+        first="import packlight  # teaches transformers the layout\n" if is_own_layout else "",
     )
 
 

@@ -123,7 +123,7 @@ QUANTITIES = {
     "peak_bytes": Quantity("peak memory (predicted, difference)", _as_size),
     "base_bytes": Quantity("interpreter and torch, apart", _as_bytes),
     "perplexity": Quantity("perplexity ± standard error", _as_number),
-    "kl": Quantity("KL to the original, nats", _as_number),
+    "kl": Quantity("KL to the original, nats (predicted)", _as_rate),
     "top1": Quantity("top-1 agreement", _as_share),
     "prefill_tps": Quantity("prefill, tokens/s (predicted)", _as_rate),
     "decode_tps": Quantity("decode, tokens/s (predicted)", _as_rate),

@@ -88,7 +88,7 @@ def empty_model(checkpoint: Checkpoint, dtype: str | None = None, **changes: int
             f"transformers cannot build the model that {checkpoint.path / 'config.json'} describes: "
             f"{type(error).__name__}: {reason}"
         ) from error
-    _fill_buffers_(model)
+    fill_buffers_(model)
     model.eval()  # a model from a config is in training mode, where some architectures drop activations out
     return model
 
@@ -197,7 +197,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def _fill_buffers_(model: PreTrainedModel) -> None:
+def fill_buffers_(model: PreTrainedModel) -> None:
     """Give every buffer real memory and its initial value: rotary tables are computed, not stored in checkpoints."""
     for module in model.modules():
         empty = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}

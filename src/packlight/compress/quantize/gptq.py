@@ -45,6 +45,7 @@ class Gptq(GridOptions):
 
     name: ClassVar[str] = "gptq"
     needs_inputs: ClassVar[bool] = True
+    loss_share: ClassVar[float] = 0.6
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,6 +52,7 @@ class GridOptions:
     needs: ClassVar[frozenset[str]] = frozenset({"dense"})
     breaks: ClassVar[frozenset[str]] = frozenset({"dense"})
     needs_inputs: ClassVar[bool] = False
+    loss_share: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if self.clip not in get_args(Clip):
