@@ -46,7 +46,7 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_candidate_has_a_step_that_gives_it(spec: ModelSpec) -> None:
     for precision in candidates(spec):
-        assert build(step_options(precision)).precision == precision, precision
+        assert build(step_options(precision, spec)).precision == precision, precision
 
 
 def test_choose_takes_the_least_loss_within_the_budget(spec: ModelSpec) -> None:

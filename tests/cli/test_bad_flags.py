@@ -19,14 +19,28 @@ FIT = ("-q", "--memory", "1GB", "--context", 64, "--window", 32, "--tokens", 256
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--bits", "5"],
+        ["--bits", "9"],
+        ["--bits", "3", "--layout", "pack-quantized"],
+        ["--scale-bits", "3"],
+        ["--scale-bits", "6", "--group-size", "row"],
+        ["--clip", "nonsense"],
+        ["--option", "nonsense"],
+        ["--option", "nosuch=1"],
+        ["--option", "bits=many"],
+        ["--windows", "2"],
+        ["--method", "gptq", "--windows", "0"],
+        ["--method", "gptq", "--window", "1"],
+        ["--method", "gptq", "--data", "nowhere.txt"],
+        ["--method", "gptq", "--option", "damping=0"],
+        ["--method", "gptq", "--option", "static_groups=false"],
+        ["--method", "learned", "--option", "epochs=0"],
         ["--bits", "four"],
         ["--group-size", "7"],
         ["--group-size", "-1"],
         ["--group-size", "0"],
         ["--group-size", "abc"],
         ["--group-size", "9" * 5000],
-        ["--embeddings", "3"],
+        ["--embeddings", "1"],
         ["--dtype", "int8"],
         ["--layout", "nonsense"],
         ["--layout", "int-quantized"],
@@ -159,7 +173,7 @@ def test_missing_text(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_budget_that_no_recipe_meets_names_one_that_would(tiny: Path, out: Path, tmp_path: Path) -> None:
     line = ["fit", tiny, *FIT, "--out", out]
-    assert_refused([*line, "--memory", "1kB"], tmp_path, code=3, says="the smallest, int4-row-sym+embed")
+    assert_refused([*line, "--memory", "1kB"], tmp_path, code=3, says="the smallest, int2-g32-asym+embed")
     said = re.search(r"allow (\S+ \S+) or more", call(*line, "--memory", "1kB").err)
     assert said is not None
     assert parse_size(said.group(1)) > 1000

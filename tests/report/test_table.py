@@ -35,7 +35,7 @@ def test_side_by_side() -> None:
         "peak memory (predicted, difference)": ("330 MB (300 MB, +10.0 %)", "–"),
         "interpreter and torch, apart": ("–", "250 MB"),
         "perplexity ± standard error": ("21.35 ± 0.43", "23 ± 0.5"),
-        "KL to the original, nats": ("–", "0.03125"),
+        "KL to the original, nats (predicted)": ("–", "0.03125"),
         "top-1 agreement": ("–", "87.6 %"),
         "prefill, tokens/s (predicted)": ("–", "1,234 (1,300)"),
         "decode, tokens/s (predicted)": ("40.25 ± 0.5 (42)", "failed"),
@@ -48,7 +48,7 @@ def test_markdown() -> None:
         "|  | original | packed |",
         "|---|---:|---:|",
         "| bytes on disk | 269 MB | 84 MB |",
-        "| KL to the original, nats | – | 0.03125 |",
+        "| KL to the original, nats (predicted) | – | 0.03125 |",
     ]
 
 
@@ -71,7 +71,7 @@ def test_values_that_are_no_numbers_and_an_empty_ledger() -> None:
     rows = [Measurement("perplexity", float("nan"), "1", "x"), Measurement("kl", "not asked", "nats", "x")]
     assert dict(side_by_side(rows, ["perplexity", "kl"]).rows) == {
         "perplexity ± standard error": ("nan",),
-        "KL to the original, nats": ("not asked",),
+        "KL to the original, nats (predicted)": ("not asked",),
     }
     assert side_by_side([]).subjects == ()
     assert side_by_side([]).rows == ()
