@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.compress import sensitivity as under_test
 from packlight.compress.calibration import CalibrationText, prepare
 from packlight.compress.sensitivity import known_losses, sensitivity
+from packlight.compress.sweep import Sweep, guide, num_sweeps, read_guide
 from packlight.compress.walk import Calibration
 from packlight.ops.grid import quantize
 from packlight.runtime.load import load_model
@@ -70,27 +71,48 @@ def test_a_grid_that_fits_no_row_is_left_out(checkpoint: Checkpoint, calibration
     assert losses["model.layers.0.mlp.up_proj.weight"] == {}
 
 
-def test_the_gradient_is_that_of_the_whole_model(
-    checkpoint: Checkpoint, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is pulled back through the first block is what autograd pulls back through it in the whole model."""
-    seen: dict[int, torch.Tensor] = {}
-    backward = under_test._backward
-
-    def noting(run: Any, module: Any, place: int, gradient: torch.Tensor, matrices: Any) -> Any:
-        seen[place + 1] = gradient.clone()
-        before, found = backward(run, module, place, gradient, matrices)
-        seen[place] = before.clone()
-        return before, found
-
-    monkeypatch.setattr(under_test, "_backward", noting)
-    sensitivity(checkpoint, calibration, GRIDS[:1], GRIDS[:1], torch.float32)
+def test_the_gradient_is_that_of_the_whole_model(checkpoint: Checkpoint, calibration: Calibration) -> None:
+    """Block by block, with inputs kept and blocks run again, it is what autograd finds through the whole model."""
+    sweep = Sweep(checkpoint, calibration.windows, calibration.batch)
+    sweep.forward(lambda: None)
+    sweep.head()
+    at_top = sweep.gradient.clone()
+    for _ in sweep.back(lambda name, x, gradient: None, lambda: None):
+        pass
     model = load_model(checkpoint)
-    ids = torch.tensor(calibration.windows)
-    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
-    out = model.model(inputs_embeds=embeds, output_hidden_states=True).hidden_states
-    (pulled_back,) = torch.autograd.grad(out[1], embeds, seen[1])
-    torch.testing.assert_close(pulled_back, seen[0], rtol=1e-3, atol=1e-6)
+    embedded = model.get_input_embeddings()(torch.tensor(calibration.windows)).detach().requires_grad_()
+    model.model.norm = torch.nn.Identity()  # the gradient starts in front of it
+    top = model.model(inputs_embeds=embedded).last_hidden_state
+    (wanted,) = torch.autograd.grad(top, embedded, at_top)
+    torch.testing.assert_close(sweep.gradient, wanted, rtol=1e-3, atol=1e-6)
+    assert float(wanted.abs().max()) > 0
+
+
+def test_the_gradient_starts_at_drawn_labels(checkpoint: Checkpoint, calibration: Calibration) -> None:
+    """Its mean over many draws is zero, as that of every score; one draw is not."""
+    many = [calibration.windows[0]] * 200
+    sweep = Sweep(checkpoint, many, batch=200)
+    sweep.forward(lambda: None)
+    sweep.head()
+    one, mean = sweep.gradient[0].norm(), sweep.gradient.mean(dim=0).norm()
+    assert mean < 0.2 * one  # 1 / sqrt(200) = 0.07
+
+
+def test_a_guide_says_how_much_each_token_matters(
+    checkpoint: Checkpoint, calibration: Calibration, tmp_path: Path
+) -> None:
+    """The same whatever the batch and however many windows are swept together, but for rounding."""
+    ticks: list[int] = []
+    guide(checkpoint, calibration, tmp_path / "a", lambda: ticks.append(1))
+    assert len(ticks) == num_sweeps(len(calibration.windows)) * (2 * checkpoint.spec.num_layers + 1)
+    found = read_guide(tmp_path / "a")
+    blocks = {f"model.layers.{place}" for place in range(checkpoint.spec.num_layers)}
+    assert found.keys() == {tensor.name for tensor in checkpoint.spec.quantizable} | blocks
+    assert all(weights.shape == (12, 64) and bool((weights >= 0).all()) for weights in found.values())
+    guide(checkpoint, replace(calibration, batch=3), tmp_path / "b", lambda: None)
+    other = read_guide(tmp_path / "b")
+    for name, weights in found.items():
+        torch.testing.assert_close(other[name], weights, rtol=1e-2, atol=1e-6)
 
 
 def test_the_second_time_comes_from_the_cache(

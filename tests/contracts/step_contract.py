@@ -21,6 +21,7 @@ from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.compress import run as compress
 from packlight.compress.registry import METHODS, build, method_class
 from packlight.compress.step import Step
+from packlight.compress.sweep import guide, read_guide
 from packlight.compress.walk import Calibration, WalkResult
 from packlight.errors import UsageError
 from packlight.evidence import Measurement
@@ -46,6 +47,11 @@ def refuse_to_open(*arguments: Any, **options: Any) -> Any:
 
 def drive(step: Step, checkpoint: Checkpoint, work: Path, result: WalkResult) -> Iterator[Measurement]:
     calibration = Calibration(WINDOWS) if step.needs_inputs else None
+    if step.needs_guide:
+        assert calibration is not None
+        file = work.with_suffix(".guide")
+        guide(checkpoint, calibration, file, lambda: None)
+        calibration = dataclasses.replace(calibration, guide=read_guide(file))
     return compress.run(step, checkpoint, work, layout_of(step.precision), PROOF_IDS, calibration, result)
 
 

@@ -44,7 +44,7 @@ def fit(
     ] = None,
     windows: Annotated[
         int, typer.Option("--windows", help="Windows of 512 tokens of calibration text, at most.", min=1)
-    ] = 32,
+    ] = 16,
     explain: Annotated[bool, typer.Option("--explain", help="Print what was bought with which bytes.")] = False,
     threads: options.Threads = None,
     json: options.Json = False,

@@ -44,6 +44,11 @@ class Cast:
         return Precision(self.dtype)
 
     @property
+    def needs_guide(self) -> bool:
+        """No token is looked at."""
+        return False
+
+    @property
     def passes(self) -> float:
         """None."""
         return 0.0

@@ -64,6 +64,8 @@ def run(
 
     `result` receives the proof logits when the iterator is exhausted.
     """
+    assert (calibration is not None) == step.needs_inputs, "calibration is there where a step reads inputs"
+    assert not step.needs_guide or (calibration is not None and calibration.guide is not None), "tokens are weighted"
     work.mkdir(parents=True, exist_ok=True)
     model = empty_model(checkpoint, step.precision.dtype)
     check_names(checkpoint, model)

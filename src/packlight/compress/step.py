@@ -47,6 +47,11 @@ class Step(Protocol):
     """What is left of the loss of rounding to nearest, about; 1 for a method that is no better."""
 
     @property
+    def needs_guide(self) -> bool:
+        """Whether `Calibration.guide` is to be there: how much each token matters to each matrix."""
+        ...
+
+    @property
     def passes(self) -> float:
         """Forward passes of a block over the calibration text, the walk's own two included; a backward pass counts as
         two. Not read where `needs_inputs` is False."""

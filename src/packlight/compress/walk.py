@@ -14,7 +14,7 @@ are computed in float32, whatever the model's dtype, and only their hidden state
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,11 +105,14 @@ class Calibration:
     Args:
         windows: token ids, all of one length.
         batch: windows that pass through a block at once.
+        guide: (windows, tokens) by the name of a matrix or block: how much each token matters there
+            (`compress.sweep.guide`); None where all matter alike.
         spill: directory for the hidden states where they are to be on disk; None keeps them in memory.
     """
 
     windows: list[list[int]]
     batch: int = CALIBRATION_BATCH
+    guide: Mapping[str, torch.Tensor] | None = None
     spill: Path | None = None
 
     def allocate(self, name: str, width: int) -> torch.Tensor:
@@ -131,20 +134,39 @@ class Activations:
         exact: what would enter it, had nothing been changed.
         targets: what the unchanged block makes of `exact`.
         calls: how the model calls each of its blocks.
-        batch: windows that pass through a block at once.
+        calibration: the text, and how much its tokens matter.
     """
 
     inputs: torch.Tensor
     exact: torch.Tensor
     targets: torch.Tensor
     calls: list[Call]
-    batch: int
+    calibration: Calibration
     place: int = 0
+
+    @property
+    def batch(self) -> int:
+        """Windows that pass through a block at once."""
+        return self.calibration.batch
 
     def batches(self) -> Iterator[slice]:
         """Slices of the windows."""
         for start in range(0, len(self.inputs), self.batch):
             yield slice(start, start + self.batch)
+
+    def weights(self, names: Sequence[str], windows: slice | torch.Tensor) -> torch.Tensor | None:
+        """How much each token of some windows matters at some matrices or blocks, (windows, tokens), 1 on average over
+        the whole text; None where all matter alike.
+
+        It is the root of |g|^2, not that itself: the gradient is that of one label drawn for each token, and its square
+        would let a few rare labels outweigh the rest.
+        """
+        guide = self.calibration.guide
+        if guide is None:
+            return None
+        roots = [guide[name].sqrt() for name in names]
+        tiny = torch.finfo(torch.float32).tiny
+        return sum((root[windows] / root.mean().clamp(min=tiny) for root in roots), torch.zeros(())) / len(names)
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The block that is at hand, over some hidden states."""
@@ -335,7 +357,7 @@ def _embedded(model: PreTrainedModel, layers: nn.ModuleList, calibration: Calibr
     calls = record_calls(model, layers, torch.tensor(calibration.windows[:1]))
     width = calls[0].hidden_states.shape[-1]
     inputs, exact, targets = (calibration.allocate(name, width) for name in ("inputs", "exact", "targets"))
-    made = Activations(inputs, exact, targets, [call.in_float32() for call in calls], calibration.batch)
+    made = Activations(inputs, exact, targets, [call.in_float32() for call in calls], calibration)
     made.exact = _embed(model, layers, calibration, made.exact)
     made.inputs.copy_(made.exact)
     return made

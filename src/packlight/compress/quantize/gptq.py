@@ -32,6 +32,9 @@ class Gptq(GridOptions):
         true_sequential: within a block, let each group of matrices see its inputs after the groups before it have been
             rounded; otherwise all inputs are gathered in one pass.
         damping: share of the mean diagonal of H that is added to its diagonal.
+        guided: weight every token by the root of its gradient's square, so that a matrix is fitted to the tokens that
+            matter to what the model predicts (in the spirit of GuidedQuant, arXiv 2505.07004, which weights by the
+            square for each group of rows). It costs a pass forward and back over the text before the first block.
         asymmetry: how much of the difference between what enters a layer of the original and what enters it now is
             made up for, 0 (GPTQ) to 1 (GPTAQ as derived; its authors' code takes 0.25).
     """
@@ -41,6 +44,7 @@ class Gptq(GridOptions):
     static_groups: bool = True
     true_sequential: bool = True
     damping: float = DAMPING
+    guided: bool = True
     asymmetry: float = 0.0
 
     name: ClassVar[str] = "gptq"
@@ -59,9 +63,15 @@ class Gptq(GridOptions):
     @property
     def passes(self) -> float:
         """Two of the walk and one to gather inputs; half as much again where each group of matrices has its own pass,
-        which ends at the group; all of that again in the original block for asymmetry."""
+        which ends at the group; all of that again in the original block for asymmetry; twice forward and once back to
+        weight tokens."""
         gathering = 1.5 if self.true_sequential else 1.0
-        return 2 + gathering * (2 if self.asymmetry else 1)
+        return 2 + gathering * (2 if self.asymmetry else 1) + (4 if self.guided else 0)
+
+    @property
+    def needs_guide(self) -> bool:
+        """Whether tokens are weighted."""
+        return self.guided
 
     def apply_(self, blocks: Iterable[Block]) -> Iterator[Measurement]:
         """Matrices inside the blocks by GPTQ, embedding and head to nearest; one row per block."""
@@ -115,9 +125,11 @@ class Gptq(GridOptions):
         cross = torch.zeros(cols, cols) if self.asymmetry else None
         for part in block.activations.batches():
             x = inputs_of(block, names[0], block.activations.inputs[part])
-            hessian.addmm_(x.T, x)
+            weights = block.activations.weights(names, part)
+            weighted = x if weights is None else x * weights.reshape(-1, 1)
+            hessian.addmm_(x.T, weighted)
             if cross is not None:
                 with block.showing(originals):
                     exact = inputs_of(block, names[0], block.activations.exact[part])
-                cross.addmm_((exact - x).T, x, alpha=self.asymmetry)
+                cross.addmm_((exact - x).T, weighted, alpha=self.asymmetry)
         return hessian, cross

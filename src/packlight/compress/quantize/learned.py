@@ -5,11 +5,12 @@ every weight gets a latent value v in units of the step, rounded on the way forw
 (the straight-through estimator, Bengio et al., arXiv 1308.3432), and every scale a factor:
 
     w' = (clamp(round(v)) - zero_point) * scale * exp(f)
-    loss = mean over tokens of a_t |block'(x_t) - block(x~_t)|^2
+    loss = mean over tokens t of a_t |block'(x_t) - block(x~_t)|^2
 
 with x what enters the block now and x~ what entered the original one (BRECQ, arXiv 2102.05426; the block-wise stage of
-EfficientQAT, arXiv 2407.11062, section 3.2). a_t is one over the mean square of the original's output, at least that of
-the median token: otherwise the few tokens with enormous activations would be all that counts.
+EfficientQAT, arXiv 2407.11062, section 3.2). a_t is how much the token matters to what the model predicts, by its
+gradient; where no tokens are weighted, one over the mean square of the original's output, at least that of the median
+token: otherwise the few tokens with enormous activations would be all that counts.
 
 A part of the windows is held out; a block whose loss there did not fall keeps GPTQ's result. It pays at 3 and 2 bits,
 and takes several times as long as GPTQ.
@@ -185,6 +186,9 @@ def _batch_loss(block: Block, activations: Activations, windows: torch.Tensor) -
     """Squared error of the block's output over the mean square of the original's, as a mean over tokens."""
     out = activations.run(block.module, activations.inputs[windows])
     wanted = activations.targets[windows]
-    power = wanted.square().mean(dim=-1)  # (windows, tokens)
-    loss: torch.Tensor = ((out - wanted).square().mean(dim=-1) / power.clamp(min=power.median())).mean()
+    error, power = (out - wanted).square().mean(dim=-1), wanted.square().mean(dim=-1)  # (windows, tokens)
+    weights = activations.weights([block.name], windows)
+    if weights is None:
+        return (error / power.clamp(min=power.median())).mean()
+    loss: torch.Tensor = (error * weights).mean() / power.median()
     return loss

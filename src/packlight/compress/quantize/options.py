@@ -78,6 +78,11 @@ class GridOptions:
         return found
 
     @property
+    def needs_guide(self) -> bool:
+        """No token is looked at."""
+        return False
+
+    @property
     def passes(self) -> float:
         """None where no inputs are read."""
         return 0.0

@@ -1,0 +1,162 @@
+"""One pass forward through the model and one back, for gradients at every matrix, with one block's weights at a time.
+
+Forward, what enters each block is kept; back, each block is run once more, with the gradient of what left it.
+The gradient is that of -log p(y) with labels y drawn from the model's own distribution: its mean square is the Fisher
+information, which says how much a small change at a place changes what the model predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from packlight.checkpoint.open import Checkpoint
+from packlight.compress.walk import Calibration, cast_, find_layers, free_, record_calls, run_block, stages, standing_in
+from packlight.runtime.load import empty_model, load_dense_
+
+Note = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""Takes a tensor's name, the input (n, cols) of its matrix, and the gradient (n, rows) at its output."""
+
+SEED = 0
+SWEPT_TOGETHER = 8
+"""Windows of one sweep: what enters every block is kept for all of them."""
+
+
+class Sweep:
+    """A model and some windows of text on their way through it, computed in float32.
+
+    `gradient`, (windows, tokens, hidden), is at what left the block that `back` has come to, and at the looked-up
+    embeddings when it has ended.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, windows: list[list[int]], batch: int) -> None:
+        self.checkpoint, self.ids, self.batch = checkpoint, torch.tensor(windows), batch
+        self.model = empty_model(checkpoint, "float32")
+        self.layers = find_layers(self.model)
+        self._embedding, *self._blocks, self._head = stages(checkpoint, self.model, self.layers)
+        self._states: list[torch.Tensor] = []
+        self.gradient = torch.empty(0)
+
+    def forward(self, tick: Callable[[], None]) -> None:
+        """Through the embedding and all blocks; `tick` after each."""
+        self._load(self._embedding[3])
+        self.model.tie_weights()
+        with torch.no_grad():
+            parts = [
+                record_calls(self.model, self.layers, part)[0].hidden_states for part in self.ids.split(self.batch)
+            ]
+            self._states.append(torch.cat(parts).float())
+            self._calls = [call.in_float32() for call in record_calls(self.model, self.layers, self.ids[:1])]
+            tick()
+            for place, (_, _, module, names) in enumerate(self._blocks):
+                self._load(names)
+                parts = [run_block(module, part, self._calls[place]) for part in self._states[-1].split(self.batch)]
+                self._states.append(torch.cat(parts))
+                free_(self.model, names)
+                tick()
+
+    def head(self) -> torch.Tensor:
+        """Start the gradient at the logits; returns what entered the head, (windows, tokens, hidden)."""
+        self._load(self._head[3])
+        head = self.model.get_output_embeddings()
+        generator = torch.Generator().manual_seed(SEED)
+        hidden = self._states.pop()
+        self.gradient = torch.empty_like(hidden)
+        entered: list[torch.Tensor] = []
+        handle = head.register_forward_pre_hook(lambda module, args: entered.append(args[0].detach()))
+        for place in range(len(self.ids)):
+            one = hidden[place : place + 1].clone().requires_grad_()
+            with standing_in(self.layers, output=one):
+                logits = self.model(self.ids[place : place + 1], use_cache=False).logits[0].float()  # (tokens, vocab)
+            log_p = torch.log_softmax(logits, dim=-1)
+            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            log_p.gather(1, labels).sum().neg().backward()
+            assert one.grad is not None
+            self.gradient[place] = one.grad[0]
+        handle.remove()
+        return torch.cat(entered)
+
+    def back(self, note: Note, tick: Callable[[], None]) -> Iterator[tuple[str, list[str]]]:
+        """Back through the blocks, the last one first.
+
+        Yields (block name, names of its tensors) when `note` has been given everything about a block and its weights
+        are still there; `gradient` is then at what entered it.
+        """
+        for place in reversed(range(len(self._blocks))):
+            name, _, module, names = self._blocks[place]
+            self._load(names)
+            self._pull_back(module, place, names, note)
+            yield name, names
+            free_(self.model, names)
+            tick()
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """A tensor of what is loaded now, in float32."""
+        return self.model.get_parameter(name).data
+
+    def _load(self, names: list[str]) -> None:
+        load_dense_(self.model, self.checkpoint, names, keep_dtype=True)
+        cast_(self.model, names, torch.float32)
+
+    def _pull_back(self, module: nn.Module, place: int, names: list[str], note: Note) -> None:
+        matrices = {t.name for t in self.checkpoint.spec.tensors if t.kind in ("linear", "expert")}
+        owners = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in names if name in matrices}
+        handles = [owner.register_forward_hook(_listener(name, note)) for name, owner in owners.items()]
+        states, before = self._states.pop(), torch.empty_like(self.gradient)
+        for start in range(0, len(states), self.batch):
+            hidden = states[start : start + self.batch].clone().requires_grad_()
+            run_block(module, hidden, self._calls[place]).backward(self.gradient[start : start + self.batch])
+            assert hidden.grad is not None
+            before[start : start + self.batch] = hidden.grad
+        self.gradient = before
+        for handle in handles:
+            handle.remove()
+
+
+def guide(checkpoint: Checkpoint, calibration: Calibration, file: Path, tick: Callable[[], None]) -> None:
+    """Write how much each token matters at each matrix, |g|^2, into a safetensors file.
+
+    Args:
+        file: receives a float32 (windows, tokens) tensor under the name of every matrix inside the blocks, and of
+            every block for its output.
+        tick: called after each of `num_sweeps(calibration) * (2 * layers + 1)` stages.
+    """
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def note(name: str, _: torch.Tensor, gradient: torch.Tensor) -> None:
+        found.setdefault(name, []).append(gradient.square().sum(dim=1))
+
+    for start in range(0, len(calibration.windows), SWEPT_TOGETHER):
+        sweep = Sweep(checkpoint, calibration.windows[start : start + SWEPT_TOGETHER], calibration.batch)
+        sweep.forward(tick)
+        sweep.head()
+        leaving = sweep.gradient
+        for name, _ in sweep.back(note, tick):
+            found.setdefault(name, []).append(leaving.square().sum(dim=-1).reshape(-1))
+            leaving = sweep.gradient
+    shape = (len(calibration.windows), -1)
+    half = file.with_suffix(".part")
+    save_file({name: torch.cat(parts).reshape(shape).contiguous() for name, parts in found.items()}, half)
+    half.replace(file)
+
+
+def num_sweeps(windows: int) -> int:
+    """Sweeps that `guide` makes over so many windows."""
+    return -(-windows // SWEPT_TOGETHER)
+
+
+def read_guide(file: Path) -> dict[str, torch.Tensor]:
+    """What `guide` has written."""
+    return load_file(file)
+
+
+def _listener(name: str, note: Note) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1])
+        out.register_hook(lambda gradient: note(name, x, gradient.reshape(-1, gradient.shape[-1])))
+
+    return hook
