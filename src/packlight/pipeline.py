@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,12 +27,21 @@ from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.checkpoint.tensors import check_architecture, has_nan
 from packlight.compress import run as compress
 from packlight.compress.calibration import CalibrationText, Prepared, prepare
+from packlight.compress.choice import (
+    choose,
+    fits_whole,
+    predictions,
+    promise,
+    refuse_out_of_reach,
+    spent,
+    step_options,
+    weigh,
+)
 from packlight.compress.registry import build
-from packlight.compress.sensitivity import known_losses
 from packlight.compress.step import Step
-from packlight.compress.sweep import guide, num_sweeps, read_guide
+from packlight.compress.sweep import known_guide
 from packlight.compress.walk import Calibration, WalkResult
-from packlight.errors import BudgetError, CheckpointError, ProofError
+from packlight.errors import CheckpointError, ProofError
 from packlight.evidence import LEDGER_NAME, Ledger, Measurement
 from packlight.measure import proof
 from packlight.measure.bandwidth import hardware as find_hardware
@@ -42,25 +52,18 @@ from packlight.measure.quality import Reference, evaluate_reference
 from packlight.measure.quality import evaluate as compare
 from packlight.measure.size import disk_size, size_rows
 from packlight.measure.text import load_text, windows
-from packlight.plan.allocate import END_GRIDS, INNER_GRIDS, Allocation, allocate_within, least_precision
+from packlight.plan.allocate import Allocation
 from packlight.plan.layout import Layout, artifact_bytes, check_layout, layout_of, tensor_layout
-from packlight.plan.memory import disk_bytes, runtime_bytes, stream_bytes
+from packlight.plan.memory import disk_bytes, stream_bytes
 from packlight.plan.recipes import (
-    MEMORY_MARGIN,
-    QUANTIZED_DTYPE,
-    Candidate,
-    candidates,
     judge,
     loads_in_transformers,
-    rank,
-    smallest,
 )
-from packlight.plan.speed import decode_speed, prefill_speed
 from packlight.report.card import model_card
 from packlight.runtime.allocator import weights_apart
 from packlight.runtime.generate import SAMPLED_TOGETHER
 from packlight.runtime.load import load_model, load_tokenizer
-from packlight.spec import FLOAT_DTYPES, Budget, Hardware, ModelSpec, Precision, format_size
+from packlight.spec import FLOAT_DTYPES, Budget, Hardware, Precision, format_size
 
 PROOF_TOKENS = 64
 FIT_WINDOWS = 16
@@ -184,25 +187,21 @@ def fit(
     # What is out of reach whatever the speed is said before the seconds that a probe takes.
     spec, untimed = checkpoint.spec, replace(budget, min_tps=None)
     unprobed = find_hardware(threads, is_probed=False)
-    whole = [judge(spec, precision, untimed, unprobed) for precision in candidates(spec) if not precision.grids]
-    is_uniform = strategy.is_uniform or any(candidate.is_feasible for candidate in whole)
-    if is_uniform:
-        choose(spec, untimed, unprobed)
-    elif not (least := judge(spec, least_precision(spec), untimed, unprobed)).is_feasible:
-        raise BudgetError(_too_little(least, budget))
+    is_uniform = strategy.is_uniform or fits_whole(spec, untimed, unprobed)
+    refuse_out_of_reach(spec, untimed, unprobed, is_uniform)
     machine = probe(watcher, threads)
     allocation: Allocation | None = None
     if is_uniform:
         precision = choose(spec, budget, machine).precision
     else:
-        allocation = _allocate(checkpoint, text, budget, machine, watcher)
-        precision = Precision.of(QUANTIZED_DTYPE, allocation.grids, spec.tensors)
-    watcher.say(f"chose {precision}: {_promise(judge(spec, precision, budget, machine))}")
+        tick = watcher.stage("what every matrix costs on every grid", 2 * spec.num_layers + 2)
+        precision, allocation = weigh(checkpoint, text, budget, machine, tick)
+    watcher.say(f"chose {precision}: {promise(judge(spec, precision, budget, machine))}")
     step = build(step_options(precision, spec, strategy.method))
 
     def measure(packed: Checkpoint, ledger: Ledger) -> None:
         if allocation is not None and not ledger.has("predicted_kl", PACKED):
-            ledger.add(_spent(allocation, step.loss_share))
+            ledger.add(spent(allocation, step.loss_share))
         _measure_pair(checkpoint, packed, budget, machine, ledger, watcher)
         predicted = None if allocation is None else allocation.loss * step.loss_share
         _quality_pair(checkpoint, packed, cut, note, ledger, watcher, predicted)
@@ -300,52 +299,6 @@ def probe(watcher: Watcher, threads: int | None = None) -> Hardware:
     return calibrate(machine, KERNELS, tick)
 
 
-def choose(spec: ModelSpec, budget: Budget, machine: Hardware) -> Candidate:
-    """The recipe that promises the least loss within the budget.
-
-    Raises:
-        BudgetError: none does; the message names the one that needs least.
-    """
-    judged = rank(spec, budget, machine, candidates(spec))
-    if judged and judged[0].is_feasible:
-        return judged[0]
-    raise BudgetError(_too_little(smallest(judged), budget))
-
-
-def _too_little(least: Candidate, budget: Budget) -> str:
-    total = least.memory.total
-    reasons = list(least.reasons)
-    if budget.memory_bytes is not None and total * MEMORY_MARGIN > budget.memory_bytes:
-        # Half a percent more, as the number is written with three digits and may be rounded down.
-        reasons.append(f"allow {format_size(total * MEMORY_MARGIN * 1.005)} or more")
-    return (
-        f"no recipe fits: the smallest, {least.precision}, takes {format_size(total)} at a context of "
-        f"{budget.context} for {budget.users} user{'s' * (budget.users > 1)}: {'; '.join(reasons)}"
-    )
-
-
-def step_options(precision: Precision, spec: ModelSpec, method: str = "rtn") -> dict[str, Any]:
-    """The recipe entry that gives a precision: the usual grid of each kind, and every tensor that has another one."""
-    if not precision.grids:
-        return {"method": "cast", "dtype": precision.dtype}
-    linear = precision.linear or precision.grids[0]
-    options: dict[str, Any] = {
-        "method": method,
-        "bits": linear.bits,
-        "group_size": linear.group_size,
-        "symmetric": linear.symmetric,
-        "scale_bits": linear.scale_bits,
-        "embeddings": None if precision.embedding is None else precision.embedding.bits,
-        "dtype": precision.dtype,
-    }
-    usual, others = build(options).precision, []
-    for tensor in spec.tensors:
-        grid = precision.grid_of(tensor)
-        if grid != usual.grid_of(tensor):
-            others.append([tensor.name, None if grid is None else str(grid)])
-    return options | {"grids": others}
-
-
 def _make(
     checkpoint: Checkpoint,
     step: Step,
@@ -429,32 +382,6 @@ def _compress(
     proof.record(work.artifact, ids, result.proof_logits, compress.digests(work.blocks))
 
 
-def _allocate(
-    checkpoint: Checkpoint, text: Prepared, budget: Budget, machine: Hardware, watcher: Watcher
-) -> Allocation:
-    """A grid for every matrix, by what each costs on each.
-
-    Raises:
-        BudgetError: no choice meets the budget.
-    """
-    spec = checkpoint.spec
-    tick = watcher.stage("what every matrix costs on every grid", 2 * spec.num_layers + 2)
-    losses = known_losses(checkpoint, text, INNER_GRIDS, END_GRIDS, QUANTIZED_DTYPE, tick)
-    found = allocate_within(spec, losses, budget, machine, QUANTIZED_DTYPE)
-    if found is None:
-        raise BudgetError(_too_little(judge(spec, least_precision(spec), budget, machine), budget))
-    return found
-
-
-def _spent(allocation: Allocation, share: float) -> Iterator[Measurement]:
-    """What was bought with which bytes: a row for every matrix, and their sum."""
-    for name, option in allocation.chosen.items():
-        note = f"{option.grid}, {option.nbytes} bytes in memory"
-        yield Measurement("predicted_kl", option.loss * share, "nats", name, note=note)
-    note = f"the sum of {len(allocation.chosen)} matrices, {allocation.nbytes} bytes in memory"
-    yield Measurement("predicted_kl", allocation.loss * share, "nats", PACKED, note=note)
-
-
 def _prepare(checkpoint: Checkpoint, step: Step, calibration: CalibrationText | None) -> Prepared | None:
     """The calibration text of a step that reads inputs."""
     if not step.needs_inputs:
@@ -476,11 +403,8 @@ def _calibration(step: Step, text: Prepared, work: save.Job, ledger: Ledger, wat
         ledger.add([row])
     if not step.needs_guide:
         return calibration
-    file = work.partial / "guide.safetensors"
-    if not file.exists():
-        stages = num_sweeps(text.size.windows) * (2 * text.checkpoint.spec.num_layers + 1)
-        guide(text.checkpoint, calibration, file, watcher.stage("which tokens matter to which matrix", stages))
-    return replace(calibration, guide=read_guide(file))
+    start = partial(watcher.stage, "which tokens matter to which matrix")
+    return replace(calibration, guide=known_guide(text.checkpoint, calibration, start))
 
 
 def _block_reader(blocks: Path) -> Callable[[str], Any]:
@@ -513,17 +437,6 @@ def _measure_pair(
             claims = predictions(checkpoint.spec, precision, budget, machine)
         ledger.add(replace(row, predicted=claims.get(row.name)) for row in measured.rows(subject))
         tick()
-
-
-def predictions(spec: ModelSpec, precision: Precision, budget: Budget, machine: Hardware) -> dict[str, float]:
-    """What the plan claims for a footprint, by the name of its row."""
-    claims: dict[str, float] = {"peak_bytes": runtime_bytes(spec, precision, budget).total}
-    decode = decode_speed(spec, precision, machine, budget.context, budget.users)
-    prefill = prefill_speed(spec, precision, machine, budget.context)
-    for name, speed in (("decode_tps", decode), ("prefill_tps", prefill)):
-        if speed.tokens_per_s is not None:
-            claims[name] = speed.tokens_per_s
-    return claims
 
 
 def _quality_pair(
@@ -613,8 +526,3 @@ def _short_name(source: str) -> str:
     """A name for cards and recipes that does not depend on where a directory lies."""
     is_path = source.startswith((".", "/", "~")) or Path(source).exists()
     return Path(source).resolve().name if is_path else source
-
-
-def _promise(chosen: Candidate) -> str:
-    speed = "" if chosen.decode.tokens_per_s is None else f", {chosen.decode.tokens_per_s:.3g} tokens/s"
-    return f"{format_size(chosen.memory.total)} of memory{speed}, {format_size(chosen.disk_bytes)} on disk"

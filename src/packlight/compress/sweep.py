@@ -7,6 +7,8 @@ information, which says how much a small change at a place changes what the mode
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from packlight.checkpoint.cache import build_once, cache_root
 from packlight.checkpoint.open import Checkpoint
+from packlight.checkpoint.save import content_hash
 from packlight.compress.walk import Calibration, cast_, find_layers, free_, record_calls, run_block, stages, standing_in
 from packlight.runtime.load import empty_model, load_dense_
 
@@ -22,6 +26,9 @@ Note = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Takes a tensor's name, the input (n, cols) of its matrix, and the gradient (n, rows) at its output."""
 
 SEED = 0
+VERSION = 1
+"""Of what a guide holds; part of the cache's key."""
+GUIDE_NAME = "guide.safetensors"
 SWEPT_TOGETHER = 8
 """Windows of one sweep: what enters every block is kept for all of them."""
 
@@ -139,9 +146,25 @@ def guide(checkpoint: Checkpoint, calibration: Calibration, file: Path, tick: Ca
             found.setdefault(name, []).append(leaving.square().sum(dim=-1).reshape(-1))
             leaving = sweep.gradient
     shape = (len(calibration.windows), -1)
-    half = file.with_suffix(".part")
-    save_file({name: torch.cat(parts).reshape(shape).contiguous() for name, parts in found.items()}, half)
-    half.replace(file)
+    save_file({name: torch.cat(parts).reshape(shape).contiguous() for name, parts in found.items()}, file)
+
+
+def known_guide(
+    checkpoint: Checkpoint, calibration: Calibration, start: Callable[[int], Callable[[], None]]
+) -> dict[str, torch.Tensor]:
+    """What `guide` writes, kept in the cache: another recipe for the same model and text costs nothing.
+
+    Args:
+        start: called with the number of stages if there is work to do; returns the `tick` for them.
+    """
+    asked = [content_hash(checkpoint), calibration.windows, VERSION]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+
+    def build(directory: Path) -> None:
+        stages = num_sweeps(len(calibration.windows)) * (2 * checkpoint.spec.num_layers + 1)
+        guide(checkpoint, calibration, directory / GUIDE_NAME, start(stages))
+
+    return read_guide(build_once(cache_root() / "guides" / key, build) / GUIDE_NAME)
 
 
 def num_sweeps(windows: int) -> int:

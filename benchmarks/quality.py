@@ -1,0 +1,233 @@
+"""What the methods make of a model at the same bytes, beside each other and beside other tools' files, on one text.
+
+    python benchmarks/quality.py MODEL --data FILE --calibration FILE [--part grids|sizes] [--peers ROWS.json]
+                                 [--ledger evidence/quality-demo.jsonl]
+
+Two parts. `grids`: round to nearest, GPTQ and learned rounding on uniform grids of 4, 3 and 2 bits. `sizes`: for files
+of given sizes, every matrix on a grid of its own, beside the best uniform recipe that is no larger. Artifacts are kept
+in build/quality, so that a run that was cut short goes on. Perplexity and KL divergence are measured on `--data`,
+which nothing was calibrated on. `--peers` takes rows that `benchmarks/peers` has measured on the same tokens
+(`--windows FILE` writes those); a file of a peer wins where it has the lower KL at no more bytes. The last line of
+stdout is one JSON object: every claim, whether it holds, and all rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from packlight import evidence, pipeline
+from packlight.checkpoint.open import Checkpoint, open_checkpoint
+from packlight.compress.calibration import CalibrationText, prepare
+from packlight.compress.registry import build
+from packlight.compress.sensitivity import known_losses
+from packlight.evidence import Measurement
+from packlight.measure.bandwidth import hardware
+from packlight.measure.quality import Reference, evaluate, evaluate_reference
+from packlight.measure.size import disk_size
+from packlight.measure.text import load_text, windows
+from packlight.plan.allocate import allocate, options_for, stored_bytes
+from packlight.plan.layout import artifact_bytes
+from packlight.plan.recipes import fits
+from packlight.runtime.load import load_model, load_tokenizer
+from packlight.spec import Grid, Precision
+
+WORK = Path("build/quality")
+_SMALL = [Grid(bits, group, False, 6) for bits in (2, 3, 4, 5, 6) for group in (32, 64)]
+DISK_GRIDS = (*_SMALL, Grid(8, symmetric=False))
+END_GRIDS = (*(Grid(bits, 32, False, 6) for bits in (3, 4, 5, 6)), Grid(8, symmetric=False))
+UNIFORM_TRIED = 1
+"""Uniform recipes that are made for each size, the most promising by their estimated losses."""
+OWN_GRID = "Q4_1"
+"""A peer's format that is the grid on which the demo model was published: it reproduces it and proves nothing."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One artifact to make: the name says the method and the recipe."""
+
+    name: str
+    step: dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--part", choices=("grids", "sizes"), action="append")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--groups", nargs="+", default=["64", "row"])
+    parser.add_argument("--learned", type=int, nargs="*", default=[3, 2], help="widths that learned rounding runs at")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[60, 75, 88.2, 93.5, 105.5, 138.4], help="MB")
+    parser.add_argument("--learned-below", type=float, default=70.0, help="MB: sizes that learned rounding fills")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--windows", type=Path, help="write the token ids of --data there, for the peers")
+    parser.add_argument("--calibration-windows", type=int, default=16)
+    parser.add_argument("--peers", type=Path)
+    parser.add_argument("--ledger", type=Path)
+    given = parser.parse_args()
+    checkpoint = open_checkpoint(given.model)
+    window = min(512, checkpoint.spec.max_context)
+    text = load_text(given.data)
+    ids = load_tokenizer(checkpoint)(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    cut = windows(ids, window, given.tokens)
+    if given.windows:
+        given.windows.write_text(json.dumps(cut), encoding="utf-8")
+    calibration = CalibrationText(given.calibration, given.calibration_windows)
+    bench = Bench(given.model, checkpoint, cut, f"{text.name} (sha256 {text.sha256[:12]})", calibration)
+    parts = given.part or ["grids", "sizes"]
+    claims: list[dict[str, Any]] = []
+    if "grids" in parts:
+        claims += bench.grids(given.bits, given.groups, given.learned)
+    if "sizes" in parts:
+        peers = json.loads(given.peers.read_text(encoding="utf-8")) if given.peers else []
+        claims += bench.sizes(given.sizes, given.learned_below, peers)
+    if given.ledger:
+        known = {(row.name, row.subject) for row in bench.rows}
+        kept = [row for row in evidence.read(given.ledger) if (row.name, row.subject) not in known]
+        given.ledger.unlink(missing_ok=True)
+        evidence.append(given.ledger, kept + evidence.stamped(bench.rows, hardware(is_probed=False).threads))
+    print(json.dumps({"model": given.model, "text": bench.note, "claims": claims, "rows": bench.table}))
+
+
+class Bench:
+    """One model on one text."""
+
+    def __init__(
+        self, model: str, checkpoint: Checkpoint, cut: list[list[int]], note: str, calibration: CalibrationText
+    ) -> None:
+        self.model, self.checkpoint, self.cut = model, checkpoint, cut
+        self.calibration = calibration
+        self.note = f"{note}, {len(cut)} windows of {len(cut[0])} tokens"
+        self.rows: list[Measurement] = []
+        self.table: dict[str, dict[str, float]] = {}
+        self._reference: Reference | None = None
+
+    def grids(self, widths: list[int], groups: list[str], learned: list[int]) -> list[dict[str, Any]]:
+        """Uniform grids, asymmetric, embedding and head left alone."""
+        claims = []
+        for bits in widths:
+            for group in groups:
+                size = None if group == "row" else int(group)
+                grid = Grid(bits, size, symmetric=False)
+                if not fits(Precision(linear=grid), self.checkpoint.spec):
+                    continue
+                common = {"bits": bits, "group_size": size, "symmetric": False}
+                found = {
+                    name: self.measure(Subject(f"{name} {grid}", {"method": method, **common, **options}))
+                    for name, method, options in (
+                        ("rtn", "rtn", {}),
+                        ("rtn-mse", "rtn", {"clip": "mse"}),
+                        ("gptq-plain", "gptq", {"guided": False}),
+                        ("gptq", "gptq", {}),
+                        *([("learned", "learned", {})] if bits in learned else []),
+                    )
+                }
+                claims.append(lower(f"gptq below rtn on {grid}", found["gptq"], found["rtn"]))
+                claims.append(lower(f"gptq below rtn-mse on {grid}", found["gptq"], found["rtn-mse"]))
+                claims.append(lower(f"weighted tokens below plain gptq on {grid}", found["gptq"], found["gptq-plain"]))
+                if "learned" in found:
+                    claims.append(lower(f"learned below gptq on {grid}", found["learned"], found["gptq"]))
+        return claims
+
+    def sizes(self, sizes: list[float], learned_below: float, peers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Files of given sizes in MB: a grid for every matrix, beside the best uniform recipe and the peers."""
+        claims = []
+        for size in sizes:
+            method = "learned" if size < learned_below else "gptq"
+            made = self.measure(Subject(f"allocated {size:g} MB", self.allocated(size * 1e6, method)))
+            uniform = self.uniform(size * 1e6)
+            if uniform is not None:
+                claims.append(lower(f"allocation below the best uniform recipe at {size:g} MB", made, uniform))
+            rivals = [r for r in peers if r["kl"] is not None and not r["format"].startswith(OWN_GRID)]
+            smaller = [row for row in rivals if row["bytes"] <= 1.001 * size * 1e6]
+            if smaller:
+                best = min(smaller, key=lambda row: row["kl"])
+                claims.append(lower(f"below {best['peer']} {best['format']} at {size:g} MB", made, best))
+            elif rivals:
+                least = min(rivals, key=lambda row: row["bytes"])
+                what = f"the smallest file of a peer, {least['format']} at {least['bytes'] / 1e6:.1f} MB"
+                claims.append(lower(f"{size:g} MB below {what}", made, least))
+        return claims
+
+    def allocated(self, most: float, method: str) -> dict[str, Any]:
+        """The step that fills `most` bytes on disk."""
+        spec = self.checkpoint.spec
+        text = prepare(self.checkpoint, self.calibration, 0.0)
+        losses = known_losses(self.checkpoint, text, DISK_GRIDS, END_GRIDS, "bfloat16", lambda: None)
+        options = options_for(spec, losses, stored_bytes)
+        alone = sum(stored_bytes(t, Precision()) for t in spec.tensors if t.name not in options)
+        room = most - alone
+        while True:
+            found = allocate(options, room)
+            if found is None:
+                raise SystemExit(f"{most / 1e6:g} MB is less than the smallest grids take")
+            precision = Precision.of("bfloat16", found.grids, spec.tensors)
+            excess = artifact_bytes(spec, precision, "packlight") - most
+            if excess <= 0:
+                return pipeline.step_options(precision, spec, method)
+            room -= excess  # the header
+
+    def uniform(self, most: float) -> dict[str, float] | None:
+        """The best of the uniform recipes that take no more than `most` bytes: one grid for the blocks, one for the
+        ends. The most promising by their estimated losses are made, and the one with the lowest KL is taken."""
+        spec = self.checkpoint.spec
+        text = prepare(self.checkpoint, self.calibration, 0.0)
+        losses = known_losses(self.checkpoint, text, DISK_GRIDS, END_GRIDS, "bfloat16", lambda: None)
+        tried = []
+        for inner in DISK_GRIDS:
+            for end in END_GRIDS:
+                precision = Precision("bfloat16", inner, end)
+                if fits(precision, spec) and artifact_bytes(spec, precision, "packlight") <= most:
+                    loss = sum(losses[t.name][str(precision.grid_of(t))] for t in spec.tensors if t.name in losses)
+                    tried.append((loss, precision))
+        tried.sort(key=lambda pair: pair[0])
+        found = [
+            self.measure(Subject(f"uniform {precision}", pipeline.step_options(precision, spec, "gptq")))
+            for _, precision in tried[:UNIFORM_TRIED]
+        ]
+        return min(found, key=lambda row: row["kl"], default=None)
+
+    def measure(self, subject: Subject) -> dict[str, float]:
+        """Make an artifact, or find it made, and compare it with the original; one line on stderr."""
+        if subject.name in self.table:
+            return self.table[subject.name]
+        step = build(subject.step)
+        out = WORK / Path(self.model).stem / subject.name.replace(" ", "-")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Every artifact is compared with the original below; the two processes of a proof would add nothing.
+        with patch.object(pipeline.proof, "prove", lambda *arguments: iter(())):
+            made = pipeline.quantize(self.model, out, step, pipeline.Silent(), None, self.calibration)
+        tick = lambda: None  # noqa: E731
+        if self._reference is None:
+            _, self._reference = evaluate_reference(load_model(self.checkpoint), self.cut, tick)
+        artifact = open_checkpoint(out)
+        found = evaluate(load_model(artifact), self.cut, self._reference, tick)
+        seconds = next((row.value for row in made.rows if row.name == "job_s"), None)
+        size = disk_size(artifact)
+        self.rows.append(Measurement("disk_bytes", size, "bytes", subject.name))
+        self.rows += found.rows(subject.name, self.note)
+        if isinstance(seconds, int | float):
+            self.rows.append(Measurement("job_s", seconds, "s", subject.name))
+        row = {"bytes": size, "kl": found.kl, "kl_stderr": found.kl_stderr, "perplexity": found.perplexity}
+        self.table[subject.name] = row
+        print(f"{subject.name}: {size / 1e6:.1f} MB, KL {found.kl:.4f}, ppl {found.perplexity:.2f}", file=sys.stderr)
+        return row
+
+
+def lower(claim: str, mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """One claim, that the first has the lower KL divergence, and whether it holds."""
+    return {"claim": claim, "holds": bool(mine["kl"] < theirs["kl"]), "kl": mine["kl"], "against": theirs["kl"]}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(hardware(is_probed=False).threads)
+    main()
