@@ -22,7 +22,7 @@ def test_every_table_is_what_its_evidence_says() -> None:
         assert table == markdown_table(read(ROOT / ledger)), f"README: make the table of {ledger} again"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/quantization.md"])
 def test_files_that_are_named_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     named = re.findall(r"\]\(([\w./-]+)\)|`((?:src|tests|docs|benchmarks|evidence)/[\w./-]+)`", text)

@@ -28,7 +28,7 @@ def fit(
     window: Annotated[int, typer.Option("--window", help="Tokens per window of the text.", min=2)] = 512,
     tokens: options.Tokens = 8192,
     method: Annotated[
-        str, typer.Option("--method", help="What rounds the weights: rtn, gptq, learned or hqq.")
+        str, typer.Option("--method", help="What rounds the weights: rtn, hqq, awq, gptq or learned.")
     ] = "gptq",
     uniform: Annotated[
         bool,

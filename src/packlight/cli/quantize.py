@@ -20,7 +20,7 @@ def quantize(
     typed: typer.Context,
     model: options.Model,
     out: options.Out,
-    method: Annotated[str, typer.Option("--method", help="cast, rtn or gptq.")] = "rtn",
+    method: Annotated[str, typer.Option("--method", help="cast, rtn, hqq, awq, gptq or learned.")] = "rtn",
     bits: Annotated[int, typer.Option("--bits", help="Width of a weight's code: 2 to 8.")] = 4,
     group_size: Annotated[
         str, typer.Option("--group-size", help="Input columns that share a scale, or row.", metavar="N|row")
