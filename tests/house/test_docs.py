@@ -27,7 +27,8 @@ def test_files_that_are_named_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     named = re.findall(r"\]\(([\w./-]+)\)|`((?:src|tests|docs|benchmarks|evidence)/[\w./-]+)`", text)
     for link, path in named:
-        assert (ROOT / (link or path)).exists(), f"{page} names {link or path}"
+        found = (ROOT / page).parent / link if link else ROOT / path
+        assert found.exists(), f"{page} names {link or path}"
 
 
 def test_every_verb_is_in_the_readme() -> None:

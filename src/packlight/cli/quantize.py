@@ -13,6 +13,8 @@ from packlight.cli.output import print_json, print_rows, progress, rows_as_json
 from packlight.errors import UsageError
 from packlight.plan.layout import Layout
 
+DENSE = ("cast", "rotate")
+"""Methods whose result is on no grid."""
 GRID_FLAGS = ("bits", "group_size", "symmetric", "embeddings", "scale_bits", "clip")
 
 
@@ -20,7 +22,7 @@ def quantize(
     typed: typer.Context,
     model: options.Model,
     out: options.Out,
-    method: Annotated[str, typer.Option("--method", help="cast, rtn, hqq, awq, gptq or learned.")] = "rtn",
+    method: Annotated[str, typer.Option("--method", help="cast, rotate, rtn, hqq, awq, gptq or learned.")] = "rtn",
     bits: Annotated[int, typer.Option("--bits", help="Width of a weight's code: 2 to 8.")] = 4,
     group_size: Annotated[
         str, typer.Option("--group-size", help="Input columns that share a scale, or row.", metavar="N|row")
@@ -70,18 +72,25 @@ def quantize(
       packlight quantize demo --method cast --dtype bfloat16 --out build/bf16
     """
     group = options.parse_group(group_size)
-    if method == "cast":
-        _refuse_typed(typed, "cast", (*GRID_FLAGS, "layout", "option"))
+    if method in DENSE:
+        _refuse_typed(typed, method, (*GRID_FLAGS, "layout"))
     if layout not in (None, *get_args(Layout)):
         raise UsageError(f"--layout is one of {', '.join(get_args(Layout))}, not {layout!r}")
     from packlight.compress.calibration import CalibrationText, parse_data
     from packlight.compress.registry import build
     from packlight.measure.text import load_text
     from packlight.pipeline import quantize as run
+    from packlight.runtime.bitsandbytes import LOADERS
 
+    if method in LOADERS:
+        raise UsageError(
+            f"{method} quantizes while a model is loaded and saves nothing: use eval or generate with {model}@{method}"
+        )
     given = {"bits": bits, "group_size": group, "symmetric": symmetric, "embeddings": embeddings, "dtype": dtype}
-    given |= {"scale_bits": scale_bits, **({} if clip is None else {"clip": clip}), **_parsed(option or [])}
-    step = build({"method": method, **({"dtype": dtype} if method == "cast" else given)})
+    given |= {"scale_bits": scale_bits, **({} if clip is None else {"clip": clip})}
+    if method in DENSE:
+        given = {"dtype": dtype} if method == "cast" or _is_typed(typed, "dtype") else {}
+    step = build({"method": method, **given, **_parsed(option or [])})
     text = CalibrationText(parse_data(data), windows, window)
     with progress(quiet) as shown:
         if not step.needs_inputs:
@@ -99,9 +108,13 @@ def quantize(
 def _refuse_typed(typed: typer.Context, method: str, names: tuple[str, ...]) -> None:
     """Raises UsageError for a flag that was given and that the method would pass over in silence."""
     for name in names:
-        source = typed.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _is_typed(typed, name):
             raise UsageError(f"{method} takes no --{name.replace('_', '-')}")
+
+
+def _is_typed(typed: typer.Context, name: str) -> bool:
+    source = typed.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _parsed(options: list[str]) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from packlight.compress.step import Step
 from packlight.errors import UsageError
 
 METHODS: dict[str, str] = {
+    "awq": "packlight.compress.quantize.awq:Awq",
     "cast": "packlight.compress.cast:Cast",
     "gptq": "packlight.compress.quantize.gptq:Gptq",
     "hqq": "packlight.compress.quantize.hqq:Hqq",
     "learned": "packlight.compress.quantize.learned:Learned",
+    "rotate": "packlight.compress.convert.rotate:Rotate",
     "rtn": "packlight.compress.quantize.rtn:Rtn",
 }
 

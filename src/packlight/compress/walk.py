@@ -30,7 +30,7 @@ from packlight.errors import CheckpointError
 from packlight.ops.grid import QuantizedTensor
 from packlight.plan.memory import CALIBRATION_BATCH
 from packlight.runtime.load import load_dense_, parameter_names, put_
-from packlight.spec import TensorSpec
+from packlight.spec import ModelSpec, TensorSpec
 
 BlockKind = Literal["embedding", "layer", "head"]
 
@@ -47,6 +47,7 @@ class Block:
         specs: what each tensor is to a quantizer.
         activations: what enters it and what left it before it was changed; None for a step that reads no inputs, and
             for the two ends.
+        model: the shapes of the whole.
         packed: the matrices that a step has put on a grid so far, keyed by full tensor name.
     """
 
@@ -57,6 +58,7 @@ class Block:
     tensors: list[str]
     specs: dict[str, TensorSpec]
     activations: Activations | None
+    model: ModelSpec
     _root: nn.Module
     packed: dict[str, QuantizedTensor] = field(default_factory=dict)
 
@@ -228,7 +230,7 @@ def walk(
     for index, (name, kind, module, tensors) in enumerate(stages(checkpoint, model, layers)):
         specs = {t.name: t for t in checkpoint.spec.tensors if t.name in set(tensors)}
         at_hand = activations if kind == "layer" else None
-        block = Block(name, index, kind, module, tensors, specs, at_hand, model)
+        block = Block(name, index, kind, module, tensors, specs, at_hand, checkpoint.spec, model)
         if calibration is not None and kind != "head":
             load_dense_(model, checkpoint, tensors, keep_dtype=True)
             if kind == "embedding":
