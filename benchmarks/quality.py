@@ -25,7 +25,7 @@ import torch
 
 from packlight import evidence, pipeline
 from packlight.checkpoint.open import Checkpoint, open_checkpoint
-from packlight.compress.calibration import CalibrationText, prepare
+from packlight.compress.calibration import CalibrationText, parse_data, prepare
 from packlight.compress.registry import build
 from packlight.compress.sensitivity import known_losses
 from packlight.evidence import Measurement
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--calibration", help="FILE or self")
     parser.add_argument("--part", choices=("grids", "sizes"), action="append")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--groups", nargs="+", default=["64", "row"])
@@ -81,7 +81,7 @@ def main() -> None:
     cut = windows(ids, window, given.tokens)
     if given.windows:
         given.windows.write_text(json.dumps(cut), encoding="utf-8")
-    calibration = CalibrationText(given.calibration, given.calibration_windows)
+    calibration = CalibrationText(parse_data(given.calibration), given.calibration_windows)
     bench = Bench(given.model, checkpoint, cut, f"{text.name} (sha256 {text.sha256[:12]})", calibration)
     parts = given.part or ["grids", "sizes"]
     claims: list[dict[str, Any]] = []

@@ -145,7 +145,7 @@ def test_vocabularies_that_differ_are_refused_before_anything_is_measured(
     tiny_model_dir: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = save_llama(tmp_path / "other", vocab_size=260)
-    monkeypatch.setattr(pipeline, "load_model", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(pipeline, "load_with", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(CheckpointError, match="256 and 260 tokens"):
         evaluate([str(tiny_model_dir()), str(other)], Yardstick(window=32, tokens=64), Silent())
 

@@ -61,8 +61,9 @@ from packlight.plan.recipes import (
 )
 from packlight.report.card import model_card
 from packlight.runtime.allocator import weights_apart
+from packlight.runtime.bitsandbytes import check_loader, load_with, split_loader
 from packlight.runtime.generate import SAMPLED_TOGETHER
-from packlight.runtime.load import load_model, load_tokenizer
+from packlight.runtime.load import load_tokenizer
 from packlight.spec import FLOAT_DTYPES, Budget, Hardware, Precision, format_size
 
 PROOF_TOKENS = 64
@@ -178,7 +179,7 @@ def fit(
     compress.check_dense(checkpoint)
     method = build({"method": strategy.method})
     cut, note = _windows(checkpoint, yardstick)
-    text = prepare(checkpoint, strategy.calibration, method.passes)
+    text = prepare(checkpoint, strategy.calibration, method.passes, method.needs_guide)
     request = _request(checkpoint) | {"asked": asked, "text": note, "calibration": text.asked()}
     if save.made_earlier(out, request):
         watcher.say(f"{out} was made by the same request: nothing to do")
@@ -246,12 +247,17 @@ def quantize(
 def evaluate(models: Sequence[str], yardstick: Yardstick, watcher: Watcher, threads: int | None = None) -> Compared:
     """Measure any number of checkpoints on the same tokens; the first is the reference for KL and top-1.
 
-    Memory and speed are those of one user with a cache of one window.
+    Memory and speed are those of one user with a cache of one window. A model may name a loader that quantizes it on
+    the fly, as in `demo@bnb-nf4`; its bytes are those in memory.
 
     Raises:
         UsageError: bad input, or models whose vocabularies differ.
+        MissingExtraError: a loader's library is absent.
     """
-    opened = [_open(model) for model in models]
+    sources = [split_loader(model) for model in models]
+    opened = [_open(source) for source, _ in sources]
+    for checkpoint, (_, loader) in zip(opened, sources, strict=True):
+        check_loader(checkpoint, loader)
     for model, checkpoint in zip(models, opened, strict=True):
         if checkpoint.spec.vocab_size != opened[0].spec.vocab_size:
             raise CheckpointError(
@@ -263,13 +269,16 @@ def evaluate(models: Sequence[str], yardstick: Yardstick, watcher: Watcher, thre
     watcher.say(f"text: {note}")
     rows: list[list[Measurement]] = []
     reference: Reference | None = None
-    for model, checkpoint in zip(models, opened, strict=True):
+    for model, checkpoint, (_, loader) in zip(models, opened, sources, strict=True):
         # Quality first: what is wrong with a checkpoint shows when it is loaded, here in a sentence of its own.
-        quality, reference = _quality(checkpoint, model, cut, note, reference, watcher)
+        quality, reference = _quality(checkpoint, model, cut, note, reference, watcher, loader)
         tick = watcher.stage(f"speed and memory of {model}", 1)
-        measured = footprint(checkpoint.path, len(cut[0]), threads=threads).rows(model)
+        measured = footprint(checkpoint.path, len(cut[0]), threads=threads, loader=loader)
         tick()
-        made = [*size_rows(checkpoint, model), *measured, *quality]
+        size = size_rows(checkpoint, model)
+        if loader is not None:
+            size = measured.state_rows(model, checkpoint.spec.num_params)
+        made = [*size, *measured.rows(model), *quality]
         rows.append(evidence.stamped(made, torch.get_num_threads()))
     return Compared(note, len(cut) * len(cut[0]), len(cut[0]), rows)
 
@@ -359,10 +368,10 @@ def _compress(
         watcher.say(f"calibration: {text.note}; {states} of hidden states, {place}")
     cost = f"{format_size(claim.peak_bytes)} of memory and {60 * claim.minutes:.0f} s"
     watcher.say(f"the job itself is planned to take {cost}, {blocks} blocks one by one")
-    calibration = None if text is None else _calibration(step, text, work, ledger, watcher)
     is_fresh = not compress.block_files(work.blocks)
     flush()
     base, start = current_bytes(), time.monotonic()
+    calibration = None if text is None else _calibration(step, text, work, ledger, watcher)
     tick = watcher.stage(f"compressing block by block ({step.name})", blocks)
     for _ in compress.block_files(work.blocks):
         tick()
@@ -386,7 +395,7 @@ def _prepare(checkpoint: Checkpoint, step: Step, calibration: CalibrationText | 
     """The calibration text of a step that reads inputs."""
     if not step.needs_inputs:
         return None
-    return prepare(checkpoint, calibration or CalibrationText(), step.passes)
+    return prepare(checkpoint, calibration or CalibrationText(), step.passes, step.needs_guide)
 
 
 def _text_asked(text: Prepared | None) -> dict[str, Any]:
@@ -463,11 +472,12 @@ def _quality(
     note: str,
     reference: Reference | None,
     watcher: Watcher,
+    loader: str | None = None,
 ) -> tuple[list[Measurement], Reference]:
     if damaged := next((name for name, entry in checkpoint.index.items() if has_nan(entry)), None):
         raise CheckpointError(f"{checkpoint.source} holds a NaN or an infinity in {damaged}: download it again")
     tick = watcher.stage(f"quality of {subject}", len(cut))
-    model = load_model(checkpoint)
+    model = load_with(checkpoint, loader)
     if reference is None:
         quality, reference = evaluate_reference(model, cut, tick)
     else:

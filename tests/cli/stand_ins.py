@@ -40,8 +40,16 @@ def _calibrate(machine: Hardware, kernels: object, tick: Callable[[], None]) -> 
     return machine
 
 
-def _footprint(path: Path, context: int, users: int = 1, dtype: str | None = None, threads: int | None = None) -> Any:
-    return Footprint(1_000_000, 10_000_000, 0.1, 100.0, 1.0, 50.0, 1.0, context, users, 3)
+def _footprint(
+    path: Path,
+    context: int,
+    users: int = 1,
+    dtype: str | None = None,
+    threads: int | None = None,
+    loader: str | None = None,
+) -> Any:
+    state = None if loader is None else 100_000
+    return Footprint(1_000_000, 10_000_000, 0.1, 100.0, 1.0, 50.0, 1.0, context, users, 3, state)
 
 
 def _prove(path: Path, is_portable: bool = True) -> Iterator[Measurement]:

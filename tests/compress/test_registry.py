@@ -30,9 +30,10 @@ def test_building_leaves_the_options_alone() -> None:
     assert options == {"method": "rtn", "bits": 8}
 
 
-@pytest.mark.parametrize("options", [{}, {"method": None}, {"method": ""}, {"method": "awq"}])
+@pytest.mark.parametrize("options", [{}, {"method": None}, {"method": ""}, {"method": "quip"}])
 def test_an_unknown_method_names_the_known_ones(options: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match=r"there is no method .*: choose one of cast, gptq, hqq, learned, rtn"):
+    known = "awq, cast, gptq, hqq, learned, rotate, rtn"
+    with pytest.raises(UsageError, match=f"there is no method .*: choose one of {known}"):
         build(options)
 
 

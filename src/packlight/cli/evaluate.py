@@ -8,6 +8,7 @@ import typer
 
 from packlight.cli import options
 from packlight.cli.output import print_json, print_rows, progress
+from packlight.errors import UsageError
 from packlight.evidence import Measurement
 
 COLUMNS = {
@@ -28,23 +29,32 @@ def evaluate(
     data: options.Data = None,
     context: options.Window = 512,
     tokens: options.Tokens = 8192,
+    method: options.Loader = None,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Compare checkpoints: size, peak memory, perplexity, KL and top-1 agreement with the first, speed.
 
-    Text, number of tokens and windows are printed; every checkpoint sees the same ones.
+    Text, number of tokens and windows are printed; every checkpoint sees the same ones. MODEL@bnb-int8 and
+    MODEL@bnb-nf4 are quantized by bitsandbytes while they are loaded; --method says it for all but the first. Nothing
+    is saved, and their bytes are those in memory.
 
     [bold]Examples[/bold]
 
       packlight eval demo build/demo
 
       packlight eval original/ packed/ --data mine.jsonl.gz --context 1024 --tokens 65536 --json
+
+      packlight eval demo demo@bnb-int8 demo@bnb-nf4 build/demo
     """
     from packlight.pipeline import Yardstick
     from packlight.pipeline import evaluate as run
+    from packlight.runtime.bitsandbytes import with_loader
 
+    if method is not None and len(models) == 1:
+        raise UsageError(f"--method is for every MODEL but the first: write {models[0]} twice, or MODEL@{method}")
+    models = [*models[:1], *(with_loader(model, method) for model in models[1:])]
     with progress(quiet) as shown:
         compared = run(models, Yardstick(data, context, tokens), shown, threads)
     if json:
@@ -53,6 +63,8 @@ def evaluate(
         return
     print_rows([row for rows in compared.rows for row in rows], "the first is the reference")
     print(f"text: {compared.text}")
+    for row in (row for rows in compared.rows for row in rows if row.name == "disk_bytes" and row.note):
+        print(f"{row.subject}: {row.note}")
 
 
 def _fields(model: str, rows: list[Measurement]) -> dict[str, Any]:

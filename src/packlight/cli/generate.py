@@ -22,6 +22,7 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
+    method: options.Loader = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -32,6 +33,8 @@ def generate(
       packlight generate build/demo --prompt "What is the capital of France?"
 
       packlight generate demo --prompt "Once upon a time" --raw --temperature 0.8 --seed 7 --json
+
+      packlight generate demo@bnb-nf4 --prompt "Once upon a time" --raw
     """
     if not prompt:
         raise UsageError("--prompt is empty: give some text")
@@ -40,8 +43,10 @@ def generate(
     if not 0 <= seed < MAX_SEED:
         raise UsageError(f"--seed is 0 to {MAX_SEED - 1}, not {seed}")
     from packlight.runtime.answer import answer
+    from packlight.runtime.bitsandbytes import with_loader
     from packlight.runtime.generate import Sampling
 
+    model = with_loader(model, method)
     sampling = Sampling(temperature, max_tokens, seed)
     start = time.monotonic()
     pieces, made = [], answer(model, prompt, sampling, is_raw=raw, threads=threads)

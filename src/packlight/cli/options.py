@@ -39,6 +39,10 @@ Data = Annotated[
 Tokens = Annotated[int, typer.Option("--tokens", help="Tokens of the text to measure on, at most.", min=2)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Loader = Annotated[
+    str | None,
+    typer.Option("--method", help="Quantize with bitsandbytes while loading.", metavar="bnb-int8|bnb-nf4"),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads to compute with; default: the physical cores.", min=1)
 ]

@@ -104,11 +104,11 @@ class Prepared:
         return Calibration(cut, spill=work / "activations" if self.size.on_disk else None), row
 
 
-def prepare(checkpoint: Checkpoint, asked: CalibrationText, passes: float) -> Prepared:
+def prepare(checkpoint: Checkpoint, asked: CalibrationText, passes: float, is_swept: bool = False) -> Prepared:
     """Read and cut the text, and decide where hidden states are kept.
 
     Args:
-        passes: `Step.passes`, for the job's plan.
+        passes, is_swept: `Step.passes` and `Step.needs_guide`, for the job's plan.
 
     Raises:
         TextError: the text cannot be read, or is shorter than one window.
@@ -123,7 +123,7 @@ def prepare(checkpoint: Checkpoint, asked: CalibrationText, passes: float) -> Pr
         cut = windows(ids, window, asked.windows * window)
         name, sha256 = text.name, text.sha256
     count = asked.windows if cut is None else len(cut)
-    size = CalibrationSize(count, window, bool(asked.on_disk), passes)
+    size = CalibrationSize(count, window, bool(asked.on_disk), passes, is_swept)
     if asked.on_disk is None and stream_bytes(spec, size) > SHARE_OF_FREE_RAM * free_ram_bytes():
         size = replace(size, on_disk=True)
     return Prepared(checkpoint, name, sha256, cut, size)

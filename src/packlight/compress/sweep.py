@@ -20,6 +20,7 @@ from packlight.checkpoint.cache import build_once, cache_root
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.save import content_hash
 from packlight.compress.walk import Calibration, cast_, find_layers, free_, record_calls, run_block, stages, standing_in
+from packlight.plan.memory import SWEPT_TOGETHER
 from packlight.runtime.load import empty_model, load_dense_
 
 Note = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -29,8 +30,6 @@ SEED = 0
 VERSION = 1
 """Of what a guide holds; part of the cache's key."""
 GUIDE_NAME = "guide.safetensors"
-SWEPT_TOGETHER = 8
-"""Windows of one sweep: what enters every block is kept for all of them."""
 
 
 class Sweep:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from packlight.measure import child
 from packlight.measure.memory import current_bytes, flush, peak_bytes
 from packlight.ops.grid import quantize
 from packlight.runtime import kv_cache
+from packlight.runtime.bitsandbytes import load_with, quantized, state_bytes
 from packlight.runtime.generate import prefill, step
-from packlight.runtime.load import empty_model, load_model, put_
+from packlight.runtime.load import empty_model, put_
 from packlight.runtime.packed import PackedLinear
 from packlight.spec import Precision, TensorSpec
 
@@ -48,6 +50,8 @@ class Footprint:
     context: int
     users: int
     repeats: int
+    state_bytes: int | None = None
+    """Of the weights in memory, where a loader quantized them on the fly and no file has this size."""
 
     def rows(self, subject: str) -> list[Measurement]:
         """As rows of evidence."""
@@ -63,9 +67,25 @@ class Footprint:
             Measurement("decode_tps", self.decode_tps, "tokens/s", subject, spread=self.decode_spread, n=n, note=note),
         ]
 
+    def state_rows(self, subject: str, num_params: int) -> list[Measurement]:
+        """The size of a model that a loader quantized, in the place of bytes on disk: none are there."""
+        assert self.state_bytes is not None
+        bits = 8 * self.state_bytes / num_params
+        by = f"bitsandbytes {version('bitsandbytes')}"
+        note = f"bytes in memory: quantized by {by} while it is loaded, nothing is on disk"
+        return [
+            Measurement("disk_bytes", self.state_bytes, "bytes", subject, note=note),
+            Measurement("bits_per_weight", bits, "bits", subject, note=note),
+        ]
+
 
 def footprint(
-    path: Path, context: int, users: int = 1, dtype: str | None = None, threads: int | None = None
+    path: Path,
+    context: int,
+    users: int = 1,
+    dtype: str | None = None,
+    threads: int | None = None,
+    loader: str | None = None,
 ) -> Footprint:
     """Measure the checkpoint directory `path` in a child process.
 
@@ -73,23 +93,25 @@ def footprint(
         context: tokens in the cache when the last token is decoded.
         users: sequences at the same time; speeds are those of one of them.
         dtype: compute dtype; default as stored.
+        loader: one of `LOADERS`, which quantizes a dense checkpoint on the fly.
 
     Raises:
         MeasurementError: the child failed, for instance for lack of memory.
     """
-    request = {"path": str(path), "context": context, "users": users, "dtype": dtype}
+    request = {"path": str(path), "context": context, "users": users, "dtype": dtype, "loader": loader}
     return Footprint(**child.ask(["-m", "packlight.measure.footprint"], request, threads))
 
 
-def _measure(path: str, context: int, users: int, dtype: str | None) -> dict[str, Any]:
+def _measure(path: str, context: int, users: int, dtype: str | None, loader: str | None) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
     prompt_tokens, decoded = split_context(context)
-    _warm_up(checkpoint, dtype, prompt_tokens, users)
+    _warm_up(checkpoint, dtype, prompt_tokens, users, loader)
     flush()
     base = current_bytes()
     start = time.perf_counter()
-    model = load_model(checkpoint, dtype)
+    model = load_with(checkpoint, loader, dtype)
     load_s = time.perf_counter() - start
+    state = None if loader is None else state_bytes(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, checkpoint.spec.vocab_size, (users, prompt_tokens), generator=generator)
     repeats = [_conversation(model, ids, context, decoded) for _ in range(REPEATS)]
@@ -107,6 +129,7 @@ def _measure(path: str, context: int, users: int, dtype: str | None) -> dict[str
         "context": context,
         "users": users,
         "repeats": REPEATS,
+        "state_bytes": state,
     }
 
 
@@ -129,9 +152,11 @@ def _time(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _warm_up(checkpoint: Checkpoint, dtype: str | None, tokens: int, users: int) -> None:
+def _warm_up(checkpoint: Checkpoint, dtype: str | None, tokens: int, users: int, loader: str | None) -> None:
     """Run one random layer of the same shapes through the same code."""
     model = random_layer_model(checkpoint, dtype)
+    if loader is not None:
+        model = quantized(model, loader)
     cache = kv_cache.allocate(model.config, tokens + 2)
     ids = torch.zeros(users, tokens, dtype=torch.int64)
     prefill(model, ids, cache)

@@ -26,6 +26,8 @@ tensors, and holes in the heap of a multiple of the activations. Fitted to the d
 bfloat16, int8 and int4, where it is within 8 % of the whole peak; see `evidence/`."""
 CALIBRATION_BATCH = 4
 """Windows that pass through a block at once."""
+SWEPT_TOGETHER = 8
+"""Windows of one sweep forward and back: what enters every block is kept for all of them."""
 CALIBRATION_MATRICES = 6
 """Square matrices of the widest input that are held at once: second moments, their factors and copies."""
 LOGITS_BYTES = 4
@@ -91,6 +93,7 @@ class CalibrationSize:
     Args:
         windows, window: how many windows of how many tokens.
         on_disk: whether the hidden states between two blocks are kept on disk.
+        is_swept: whether a sweep forward and back over the text comes before the first block.
         passes: forward passes of every block over the whole text; a backward pass counts as two.
     """
 
@@ -98,6 +101,7 @@ class CalibrationSize:
     window: int
     on_disk: bool = False
     passes: float = 2.0
+    is_swept: bool = False
 
     @property
     def tokens(self) -> int:
@@ -219,20 +223,35 @@ def job_plan(
     if calibration is None:
         return JobPlan(max(peaks), seconds / 60)
     matrices = [tensor for tensor in spec.tensors if tensor.kind in ("linear", "expert")]
-    widest = max((matrix_shape(tensor)[2] for tensor in matrices), default=0)
-    moments = CALIBRATION_MATRICES * 4 * widest**2
-    batch = min(CALIBRATION_BATCH, calibration.windows) * calibration.window
-    flowing = activation_bytes(spec, batch, "float32").total
-    in_memory = 0 if calibration.on_disk else stream_bytes(spec, calibration)
-    # The exact block, the changed one and the originals, each in float32.
-    blocks = max((3 * 4 * sum(tensor.numel for tensor in block) for block in others), default=0)
-    peak = max(peaks[0], stays + in_memory + moments + 2 * flowing + blocks)
     per_token = sum(2 * tensor.numel for tensor in matrices)
-    squares = (
-        sum(2 * matrix_shape(tensor)[2] ** 2 for tensor in matrices) / 2
-    )  # matrices share inputs, by two and a bit
+    squares = sum(matrix_shape(tensor)[2] ** 2 for tensor in matrices)  # 2 cols^2 each, and two matrices share an input
     seconds += calibration.tokens * (calibration.passes * per_token + squares) / rates.flops_per_s
-    return JobPlan(peak, seconds / 60)
+    peaks = [_walk_peak(spec, precision, calibration), _sweep_peak(spec, calibration) if calibration.is_swept else 0]
+    return JobPlan(max(peaks), seconds / 60)
+
+
+def _walk_peak(spec: ModelSpec, precision: Precision, calibration: CalibrationSize) -> int:
+    """Of a walk that text passes through: weights of a block in float32 as they were, as they are and as the method has
+    them, what flows through a batch of windows, second moments, and the hidden states between two blocks."""
+    outside, *blocks = _blocks(spec.tensors)
+    widest = max((matrix_shape(t)[2] for t in spec.tensors if t.kind in ("linear", "expert")), default=0)
+    batch = min(CALIBRATION_BATCH, calibration.windows) * calibration.window
+    flowing = 2 * activation_bytes(spec, batch, "float32").total
+    held = max((3 * 4 * sum(tensor.numel for tensor in block) for block in blocks), default=0)
+    stays = sum(tensor.numel * DTYPE_BYTES[precision.dtype] for tensor in outside)
+    states = 0 if calibration.on_disk else stream_bytes(spec, calibration)
+    at_first = _block_peak(outside, precision) + states
+    return max(at_first, stays + states + CALIBRATION_MATRICES * 4 * widest**2 + flowing + held)
+
+
+def _sweep_peak(spec: ModelSpec, calibration: CalibrationSize) -> int:
+    """Of a sweep forward and back: what enters every block for the windows of one sweep, the embedding in float32, and
+    at the head the logits of a window with what their gradient takes."""
+    windows = min(SWEPT_TOGETHER, calibration.windows)
+    states = (spec.num_layers + 3) * 4 * windows * calibration.window * spec.hidden_size
+    outside, *blocks = _blocks(spec.tensors)
+    weights = 4 * (sum(t.numel for t in outside) + max((sum(t.numel for t in block) for block in blocks), default=0))
+    return weights + states + 4 * logits_bytes(spec, calibration.window)
 
 
 _BLOCK = re.compile(r"(?:.*?\.)?\d+\.")

@@ -9,8 +9,9 @@ import torch
 
 from packlight.checkpoint.open import open_checkpoint
 from packlight.checkpoint.tensors import check_architecture
+from packlight.runtime.bitsandbytes import check_loader, load_with, split_loader
 from packlight.runtime.generate import Sampling, generate, prompt_ids, stop_ids, stream_text
-from packlight.runtime.load import load_model, load_tokenizer
+from packlight.runtime.load import load_tokenizer
 
 
 @dataclass
@@ -34,20 +35,23 @@ def answer(model: str, prompt: str, sampling: Sampling, is_raw: bool = False, th
     """Open a model and answer one prompt.
 
     Args:
-        model: anything `open_checkpoint` takes.
+        model: anything `open_checkpoint` takes, with or without a loader behind it (`demo@bnb-nf4`).
         is_raw: continue the prompt as it is, without the chat template.
         threads: threads to compute with; None leaves torch's choice.
 
     Raises:
         UsageError: bad input, or a prompt that does not fit the model's context.
+        MissingExtraError: the loader's library is absent.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    checkpoint = open_checkpoint(model)
+    source, loader = split_loader(model)
+    checkpoint = open_checkpoint(source)
     check_architecture(checkpoint.config)
+    check_loader(checkpoint, loader)
     tokenizer = load_tokenizer(checkpoint)
     ids = list(tokenizer(prompt, verbose=False)["input_ids"]) if is_raw else prompt_ids(tokenizer, prompt)
-    loaded = load_model(checkpoint)
+    loaded = load_with(checkpoint, loader)
     made = Answer(ids, iter(()), limit=sampling.max_tokens)
 
     def kept() -> Iterator[int]:

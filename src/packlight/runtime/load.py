@@ -42,7 +42,7 @@ def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreTrainedMo
     packed = packed_names(checkpoint.index)
     unknown = _unknown(checkpoint, names, packed)
     if unknown and not packed:
-        return _load_through_transformers(checkpoint, dtype)
+        return load_through_transformers(checkpoint, dtype)
     if unknown:
         raise CheckpointError(f"{checkpoint.path} holds tensors foreign to its architecture, such as {unknown[0]}")
     parts = {part for found in packed.values() for part in found.names}  # among them `weight` where codes are int8
@@ -54,7 +54,7 @@ def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreTrainedMo
         load_dense_(model, checkpoint, [name for name in checkpoint.index if name in names - parts])
         _tie_(model, checkpoint)
     _refuse_meta(model, checkpoint)
-    _straighten_head_input_(model)
+    straighten_head_input_(model)
     model.eval()
     return model
 
@@ -62,7 +62,7 @@ def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreTrainedMo
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The directory's own tokenizer. Raises CheckpointError where there is none."""
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(": ")
@@ -80,7 +80,7 @@ def empty_model(checkpoint: Checkpoint, dtype: str | None = None, **changes: int
         CheckpointError: the config holds values that no model can be built from.
     """
     try:
-        with _quiet():
+        with quiet():
             model = _build_on_meta(checkpoint, dtype or checkpoint.spec.dtype, changes)
     except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
@@ -108,7 +108,7 @@ def load_dense_(model: nn.Module, checkpoint: Checkpoint, names: list[str], keep
         owner, leaf = _owner(model, name)
         old = getattr(owner, leaf)
         entry = checkpoint.index[name]
-        _check_shape(checkpoint, name, entry.shape, old)
+        check_shape(checkpoint, name, entry.shape, old)
         tensor = read_tensor(entry)
         if tensor.is_floating_point() and not keep_dtype:
             tensor = tensor.to(old.dtype)
@@ -123,7 +123,7 @@ def load_packed_(model: PreTrainedModel, checkpoint: Checkpoint, base: str) -> N
     """
     weight = read_quantized(checkpoint, base)
     module = model.get_submodule(base)
-    _check_shape(checkpoint, f"{base}.weight", weight.shape, module.weight)
+    check_shape(checkpoint, f"{base}.weight", weight.shape, module.weight)
     if isinstance(module, nn.Embedding):
         embedding = PackedEmbedding(weight, embedding_factor(module))
         if checkpoint.spec.is_tied:
@@ -155,7 +155,8 @@ def _build_on_meta(checkpoint: Checkpoint, dtype: str, changes: Mapping[str, int
     return model
 
 
-def _check_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], old: Any) -> None:
+def check_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], old: Any) -> None:
+    """Raises CheckpointError where a stored shape differs from what the config implies."""
     if tuple(found) != tuple(old.shape):
         raise CheckpointError(
             f"{name} in {checkpoint.path} has shape {tuple(found)}, its config implies {tuple(old.shape)}"
@@ -180,7 +181,7 @@ def _unknown(checkpoint: Checkpoint, names: set[str], packed: dict[str, PackedPa
     return sorted(name for name in set(checkpoint.index) - known if not name.endswith(computed))
 
 
-def _straighten_head_input_(model: PreTrainedModel) -> None:
+def straighten_head_input_(model: PreTrainedModel) -> None:
     """NOTE a trap: the last position of a prompt, a view with the strides of the whole, makes torch's bfloat16 matrix
     multiplication copy the head's weights into another layout, once per call. A copy of the one row avoids it."""
 
@@ -217,15 +218,23 @@ def _refuse_meta(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         )
 
 
-def _load_through_transformers(checkpoint: Checkpoint, dtype: str | None) -> PreTrainedModel:
-    """For checkpoints whose names transformers itself translates on loading (fused experts)."""
-    with _quiet():
+def load_through_transformers(checkpoint: Checkpoint, dtype: str | None, **options: Any) -> PreTrainedModel:
+    """For checkpoints whose names transformers itself translates on loading (fused experts), and for its quantizers.
+
+    Args:
+        options: more arguments of `from_pretrained`.
+
+    Raises:
+        CheckpointError: tensors are missing, or more are stored than the architecture has.
+    """
+    with quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(checkpoint.path),
             dtype=dtype or checkpoint.spec.dtype,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     model: PreTrainedModel = loaded[0]
     info = loaded[1]
@@ -241,7 +250,7 @@ def _load_through_transformers(checkpoint: Checkpoint, dtype: str | None) -> Pre
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no advice from transformers while a model is built."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -76,7 +76,7 @@ class Gptq(GridOptions):
     def apply_(self, blocks: Iterable[Block]) -> Iterator[Measurement]:
         """Matrices inside the blocks by GPTQ, embedding and head to nearest; one row per block."""
         for block in blocks:
-            originals = {name: weight.clone() for name, _, weight in self.matrices(block)}
+            originals = {name: weight for name, _, weight in self.matrices(block)}
             if block.activations is not None:
                 yield self._solve(block, originals)
             else:

@@ -1,0 +1,194 @@
+"""bitsandbytes' loaders: a dense checkpoint whose matrices are quantized while it is loaded; nothing is saved.
+
+`bnb-int8` is LLM.int8() (arXiv 2208.07339): a scale for each row of weights and each token, and input columns that
+hold a number above 6 are multiplied apart, in the dtype of the inputs. `bnb-nf4` is NF4 (QLoRA, arXiv 2305.14314,
+section 3): every 64 weights share a float32, their largest magnitude, and each is the nearest of 16 quantiles of a
+normal distribution. One limit: the matrices of the blocks are quantized and nothing else, neither embedding and head
+nor experts that are fused into one tensor.
+
+A loader is named behind the model, as in `demo@bnb-nf4`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.import_utils import is_accelerate_available, is_bitsandbytes_available
+
+from packlight.checkpoint.open import Checkpoint
+from packlight.errors import CheckpointError, MissingExtraError, UsageError
+from packlight.runtime.allocator import weights_apart
+from packlight.runtime.load import (
+    check_shape,
+    empty_model,
+    load_model,
+    load_through_transformers,
+    quiet,
+    straighten_head_input_,
+)
+from packlight.spec import FLOAT_DTYPES
+
+LOADERS = ("bnb-int8", "bnb-nf4")
+MARK = "@"
+_PACKED_ROWS = 32
+"""Rows that bitsandbytes' kernel for bfloat16 on AVX-512 takes at once."""
+
+
+def split_loader(model: str) -> tuple[str, str | None]:
+    """`demo@bnb-nf4` as ("demo", "bnb-nf4"); a path that exists is a model as it is, whatever its name.
+
+    Raises:
+        UsageError: something else than a loader stands behind the last @.
+    """
+    source, mark, loader = model.rpartition(MARK)
+    if not mark or "/" in loader or Path(model).expanduser().exists():
+        return model, None
+    return source, known_loader(loader)
+
+
+def with_loader(model: str, loader: str | None) -> str:
+    """The model by the name that says how it is loaded.
+
+    Raises:
+        UsageError: no such loader, a model that names another one, or a path that has this name already.
+    """
+    if loader is None:
+        return model
+    named = split_loader(model)[1]
+    if named not in (None, known_loader(loader)):
+        raise UsageError(f"{model} is to be loaded with {named} and with {loader}: leave one of them out")
+    if named is not None:
+        return model
+    if Path(name := f"{model}{MARK}{loader}").expanduser().exists():
+        raise UsageError(f"{name} is a path, and would be the name of {model} loaded with {loader}: rename the path")
+    return name
+
+
+def known_loader(loader: str) -> str:
+    """The loader itself. Raises UsageError where there is none of this name."""
+    if loader not in LOADERS:
+        raise UsageError(
+            f"there is no loader {loader!r}: a model is loaded on the fly as MODEL@{' or MODEL@'.join(LOADERS)}"
+        )
+    return loader
+
+
+def check_loader(checkpoint: Checkpoint, loader: str | None) -> None:
+    """What can be said before a weight is read.
+
+    Raises:
+        MissingExtraError: bitsandbytes, or accelerate with which transformers loads it, is absent.
+        UsageError: it is older than transformers asks for.
+        CheckpointError: the checkpoint is quantized already.
+    """
+    if loader is None:
+        return
+    if checkpoint.spec.stored is not None:
+        raise CheckpointError(
+            f"{checkpoint.source} is already quantized ({checkpoint.spec.stored}): {loader} starts from the original"
+        )
+    for package, is_available in (
+        ("bitsandbytes", is_bitsandbytes_available),
+        ("accelerate", is_accelerate_available),
+    ):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "bnb", f"loading with {loader}")
+        if not is_available():
+            raise UsageError(
+                f"the installed {package} {version(package)} is older than transformers needs for {loader}: "
+                f"pip install --upgrade {package}"
+            )
+
+
+def load_with(checkpoint: Checkpoint, loader: str | None, dtype: str | None = None) -> PreTrainedModel:
+    """The whole model on the CPU, in evaluation mode; without a loader, as `load_model` does it.
+
+    Args:
+        dtype: of the tensors that are left alone, and of the computation; default: as stored.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized already, or tensors are missing or have the wrong shape.
+        MissingExtraError: bitsandbytes is absent.
+    """
+    if loader is None:
+        return load_model(checkpoint, dtype)
+    check_loader(checkpoint, loader)
+    dtype = dtype or (checkpoint.spec.dtype if checkpoint.spec.dtype in FLOAT_DTYPES else "float32")
+    for name, tensor in empty_model(checkpoint, dtype).state_dict(keep_vars=True).items():
+        if name in checkpoint.index:
+            check_shape(checkpoint, name, checkpoint.index[name].shape, tensor)
+    with weights_apart():
+        model = load_through_transformers(checkpoint, dtype, **_options(loader, dtype))
+    return _ready(model)
+
+
+def quantized(model: PreTrainedModel, loader: str) -> PreTrainedModel:
+    """A small model in memory as the loader would have loaded it."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    with quiet():
+        made: PreTrainedModel = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=model.state_dict(),
+            dtype=model.dtype,
+            **_options(loader, dtype),
+        )
+    return _ready(made)
+
+
+def state_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model that a loader has just loaded: codes, scales, tables, and what is left alone.
+
+    NOTE only before its first token: bitsandbytes then moves scales elsewhere, or packs them for the processor at hand.
+    """
+    tensors = [part for parameter in model.parameters() for part in (parameter, *_scales(parameter))]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())  # a tied matrix counts once
+
+
+def _options(loader: str, dtype: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained`."""
+    # It says on every call that it casts inputs, and on import that a faster kernel is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if loader == "bnb-int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        # The default is to compute in float32, whatever the model's own dtype.
+        compute = getattr(torch, dtype)
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return {"quantization_config": config, "device_map": {"": "cpu"}}  # else it takes a GPU where there is one
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    _keep_from_packing_(model)
+    straighten_head_input_(model)
+    model.eval()
+    return model
+
+
+def _keep_from_packing_(model: PreTrainedModel) -> None:
+    """NOTE a trap: where the processor multiplies bfloat16, bitsandbytes packs NF4 codes on the first call, and an
+    assertion of its own fails for rows and columns that the packing does not divide; its plain kernel takes them."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if module.out_features % _PACKED_ROWS or module.in_features % module.weight.blocksize:
+            module.support_avx512bf16_for_cpu = False
+
+
+def _scales(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    """What belongs to a quantized parameter and is none itself."""
+    scales = getattr(parameter, "SCB", None)  # int8
+    if scales is not None:
+        yield scales
+    state = getattr(parameter, "quant_state", None)  # NF4
+    if state is not None:
+        yield from (state.absmax, state.code)

@@ -1,0 +1,269 @@
+"""Jobs that look at a text, cut short anywhere: the same command again makes the artifact of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli import stand_ins
+from tests.cli.conftest import save_llama
+from tests.cli.driver import Ended, call, contents, listing
+
+from packlight.checkpoint import save
+from packlight.compress import calibration, sensitivity
+from packlight.compress import run as compress
+from packlight.compress.quantize import gptq, learned
+from packlight.compress.sweep import Sweep
+from packlight.evidence import LEDGER_NAME, read
+from packlight.measure import bandwidth
+
+BLOCKS = 5
+ENGLISH = "The little princess went round the table with quick, short, swaying steps. " * 8
+TEXT: tuple[object, ...] = ("-q", "--windows", 9, "--window", 32)
+"""More windows than one sweep takes."""
+COMMANDS: dict[str, tuple[object, ...]] = {
+    "gptq": ("quantize", *TEXT, "--method", "gptq", "--bits", 3, "--asymmetric"),
+    "plain": ("quantize", *TEXT, "--method", "gptq", "--option", "guided=false", "--embeddings", 8),
+    "self": ("quantize", *TEXT, "--method", "gptq", "--data", "self"),
+    "learned": ("quantize", *TEXT, "--method", "learned", "--bits", 2, "--scale-bits", 6, "--option", "epochs=2"),
+    "fit": ("fit", "-q", "--context", 32, "--window", 32, "--tokens", 64, "--windows", 3),
+}
+
+
+def stand_in(patched: pytest.MonkeyPatch) -> None:
+    stand_ins.put_in(patched.setattr)
+    patched.setattr(bandwidth, "memory_bandwidth", lambda *arguments: 1e10)
+
+
+@pytest.fixture(autouse=True)
+def _cheap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of each test's own, so that every stage is gone through."""
+    stand_in(monkeypatch)
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"num_hidden_layers": BLOCKS - 2, "max_position_embeddings": 64}
+    return save_llama(tmp_path_factory.mktemp("models") / "model", tie_word_embeddings=True, **sizes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`undisturbed("gptq")`: the artifact of a command that nothing disturbed, made once."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+
+    def make(name: str) -> Path:
+        if not (directory / name).exists():
+            with pytest.MonkeyPatch.context() as patched:
+                stand_in(patched)
+                patched.setenv("PACKLIGHT_CACHE", str(directory / "cache"))
+                ended = give(name, model, directory / name)
+            assert ended.code == 0, ended.err
+        return directory / name
+
+    return make
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Blocks in the order in which they are stored by this process."""
+    done: list[int] = []
+    store = compress._store
+
+    def counted(block: Any, *more: Any) -> None:
+        store(block, *more)
+        done.append(block.index)
+
+    monkeypatch.setattr(compress, "_store", counted)
+    return done
+
+
+def give(name: str, model: Path, out: Path) -> Ended:
+    return call(*words(name, model), "--out", out)
+
+
+def words(name: str, model: Path) -> list[object]:
+    """A command line but for its target; a short text is sooner tokenized than the bundled one."""
+    text = model.parent / "text.txt"
+    text.write_text(ENGLISH)
+    verb, *flags = COMMANDS[name]
+    if verb == "fit":
+        flags += ["--memory", least(model), "--data", text, "--calibration", text]
+    return [verb, model, *([] if "--data" in flags else ["--data", text]), *flags]
+
+
+@cache
+def least(model: Path) -> str:
+    """The least budget that is met, as the refusal of a smaller one names it: it leaves no choice but a mix."""
+    said = re.search(r"allow (\S+ \S+) or more", call("fit", model, "--memory", "1kB", "--out", model / "out").err)
+    assert said is not None
+    return said.group(1)
+
+
+def interrupt_in(patched: pytest.MonkeyPatch, owner: Any, name: str, after: int) -> None:
+    """Ctrl-C when `owner.name` is called for the time after `after`."""
+    real: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    patched.setattr(owner, name, interrupted)
+
+
+def interrupt_half_written(patched: pytest.MonkeyPatch, after: int) -> None:
+    """Ctrl-C in the middle of a block's file."""
+    real, calls = compress.save_file, 0
+
+    def half(tensors: Any, path: Path, notes: Any) -> None:
+        nonlocal calls
+        calls += 1
+        real(tensors, path, notes)
+        if calls > after:
+            with path.open("r+b") as stream:
+                stream.truncate(path.stat().st_size // 2)
+            raise KeyboardInterrupt
+
+    patched.setattr(compress, "save_file", half)
+
+
+def assert_interrupted(ended: Ended) -> None:
+    assert ended.code == 130
+    assert ended.err.strip() == "packlight: interrupted: give the same command again to go on"
+    assert ended.out == ""
+
+
+def goes_on(name: str, model: Path, out: Path, wanted: Path, stored: list[int]) -> None:
+    """The same command again: no block twice, the same bytes, nothing left behind, the same rows."""
+    ended = give(name, model, out)
+    assert ended.code == 0, ended.err
+    assert stored == list(range(BLOCKS)), "no block is done twice"
+    mine, theirs = contents(out, [LEDGER_NAME]), contents(wanted, [LEDGER_NAME])
+    assert mine.keys() == theirs.keys()
+    assert [path for path in mine if mine[path] != theirs[path]] == []
+    assert [path for path in listing(out.parent) if not path.startswith("out")] == []
+    assert rows_of(out) == rows_of(wanted)
+
+
+def rows_of(artifact: Path) -> dict[tuple[str, str], Any]:
+    """What the ledger says about blocks, text and matrices; of several rows for one quantity the last counts."""
+    names = ("relative_error", "relative_output_error", "block_loss", "calibration_tokens", "predicted_kl")
+    rows = [row for row in read(artifact / LEDGER_NAME) if row.name in names]
+    return {(row.name, row.subject): (row.value, row.note) for row in rows}
+
+
+MOMENTS: list[tuple[str, Any, str, int]] = [
+    ("gptq", Sweep, "forward", 0),
+    ("gptq", Sweep, "_pull_back", 4),  # in the second sweep
+    ("gptq", compress, "_store", 0),
+    ("gptq", compress, "_store", 3),
+    ("gptq", gptq, "gptq", 9),  # in the second layer
+    ("plain", compress, "_store", 4),
+    ("self", calibration, "sample_windows", 0),
+    ("self", compress, "_store", 1),
+    ("learned", learned._Learner, "result", 8),
+    ("fit", sensitivity, "_block_losses", 3),
+    ("fit", compress, "_store", 3),
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment[0]}-{moment[2]}-{moment[3]}")
+def test_ctrl_c(
+    moment: tuple[str, Any, str, int],
+    model: Path,
+    out: Path,
+    undisturbed: Callable[[str], Path],
+    stored: list[int],
+) -> None:
+    name, owner, function, after = moment
+    wanted = undisturbed(name)
+    stored.clear()
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_in(patched, owner, function, after)
+        assert_interrupted(give(name, model, out))
+    assert not out.exists()
+    goes_on(name, model, out, wanted, stored)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_ctrl_c_in_the_middle_of_a_file(
+    after: int, model: Path, out: Path, undisturbed: Callable[[str], Path], stored: list[int]
+) -> None:
+    wanted = undisturbed("gptq")
+    stored.clear()
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_half_written(patched, after)
+        assert_interrupted(give("gptq", model, out))
+    assert stored == list(range(after))
+    assert (out.parent / ".out.partial" / "blocks" / f"{after:04d}.part").exists()
+    goes_on("gptq", model, out, wanted, stored)
+
+
+def test_memory_that_has_become_short_in_between(
+    model: Path, out: Path, undisturbed: Callable[[str], Path], stored: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states in memory first, then on disk: the finished blocks are taken all the same."""
+    wanted = undisturbed("gptq")
+    stored.clear()
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_in(patched, compress, "_store", 3)
+        assert_interrupted(give("gptq", model, out))
+    assert not (out.parent / ".out.partial" / "activations").exists()
+    monkeypatch.setattr(calibration, "SHARE_OF_FREE_RAM", 0.0)
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_in(patched, compress, "_store", 1)
+        assert_interrupted(give("gptq", model, out))
+    assert len(list((out.parent / ".out.partial" / "activations").iterdir())) == 3
+    goes_on("gptq", model, out, wanted, stored)
+
+
+def test_another_text_is_another_job(model: Path, out: Path, stored: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_in(patched, compress, "_store", 3)
+        assert_interrupted(give("plain", model, out))
+    for flags in (("--windows", 4), ("--data", "self")):
+        stored.clear()
+        with pytest.MonkeyPatch.context() as patched:
+            interrupt_in(patched, compress, "_store", 2)
+            assert_interrupted(call(*words("plain", model), *flags, "--out", out))
+        assert stored == [0, 1]
+
+
+def test_a_kill(model: Path, out: Path, undisturbed: Callable[[str], Path], stored: list[int]) -> None:
+    """SIGKILL of a process of its own when three blocks are there."""
+    wanted = undisturbed("gptq")
+    stored.clear()
+    argv = [*words("gptq", model), "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.cli.stand_ins", *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PAUSE": "0.3"},
+    )
+    blocks = out.parent / ".out.partial" / "blocks"
+    while len(list(blocks.glob("*.safetensors"))) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    finished = len(list(blocks.glob("*.safetensors")))
+    assert 3 <= finished < BLOCKS
+    stored += range(finished)
+    goes_on("gptq", model, out, wanted, stored)
