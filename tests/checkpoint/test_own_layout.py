@@ -1,4 +1,4 @@
-"""packlight's own layout: what is written is what was planned, to the byte, comes back bit for bit, and damage is named.
+"""packlight's own layout: what is written is what was planned, to the byte, comes back the same, and damage is named.
 
 A grid of its own for every tensor, every width from 2 to 8, and scales that are quantized themselves.
 """
@@ -135,12 +135,9 @@ def test_a_grid_for_every_tensor(start: int, model: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("shape", [(None, None), (32, None), (16, 6)], ids=str)
-def test_one_grid_for_all_tensors(
-    bits: int, shape: tuple[int | None, int | None], tiny_model_dir: Any, tmp_path: Path
-) -> None:
+def test_one_grid_for_all_tensors(bits: int, tiny_model_dir: Any, tmp_path: Path) -> None:
     """Tied embeddings too; loaded, it is what was in memory."""
-    group, scales = shape
+    group, scales = SHAPES[bits % len(SHAPES)]
     grid = Grid(bits, group, bits % 2 == 0, scales)
     out = make_artifact(
         tiny_model_dir(tied=True),
@@ -274,7 +271,7 @@ def test_a_grid_reads_what_it_writes(grid: Grid) -> None:
     assert Grid.parse(str(grid)) == grid
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(st.from_regex(r"(int[0-9]{1,2}|[a-z]{0,4})-?(row|g[0-9]{0,4})?-?(sym|asym)?(-s[0-9])?-?", fullmatch=True))
 def test_what_a_grid_reads_it_writes(text: str) -> None:
     """Nothing is read in two ways: a text is refused, or written again as it was, but for leading zeros."""

@@ -22,9 +22,11 @@ from packlight.compress import sensitivity
 from packlight.evidence import LEDGER_NAME, Measurement, read
 from packlight.measure import bandwidth
 from packlight.plan.layout import artifact_bytes
+from packlight.plan.memory import runtime_bytes
+from packlight.plan.recipes import MEMORY_MARGIN
 from packlight.report.spending import spending
 from packlight.runtime.load import load_model
-from packlight.spec import Grid, format_size, parse_size
+from packlight.spec import Budget, Grid, Precision, format_size, parse_size
 
 SMALL: tuple[object, ...] = ("--context", 32, "--window", 32, "--tokens", 128, "--windows", 3)
 """No memory yet: that is what the tests are about."""
@@ -210,9 +212,8 @@ def test_a_large_budget_leaves_the_model_as_it_is(model: Path, tmp_path: Path) -
 
 
 def test_a_budget_between_goes_to_bfloat16(model: Path, tmp_path: Path) -> None:
-    dense = fitted(model, tmp_path / "dense", "1GB", "-q")
-    whole = next(row.predicted for row in dense.rows if row.name == "peak_bytes" and row.subject == "packed")
-    made = fitted(model, tmp_path / "out", f"{int(whole)}B", "-q")  # type: ignore[arg-type]
+    needed = runtime_bytes(open_checkpoint(model).spec, Precision("bfloat16"), Budget(context=32)).total
+    made = fitted(model, tmp_path / "out", f"{int(needed * MEMORY_MARGIN) + 1}B", "-q")
     assert made.recipe["steps"] == [{"method": "cast", "dtype": "bfloat16"}]
 
 
@@ -281,11 +282,7 @@ def test_a_budget_that_nothing_meets(flags: list[str], model: Path, tmp_path: Pa
 
 def test_twice_gives_the_same_bytes(model: Path, tight: str, mixed: Fitted, tmp_path: Path) -> None:
     """Whatever the directory, and whether anything comes from the cache."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
-        again = fitted(model, tmp_path / "somewhere else" / "b", tight, "-q")
-    same_but_for_the_ledger(mixed.path, again.path)
-    again = fitted(model, tmp_path / "c", tight, "-q")
+    again = fitted(model, tmp_path / "somewhere else" / "b", tight, "-q")
     same_but_for_the_ledger(mixed.path, again.path)
 
 
@@ -305,13 +302,12 @@ def test_json_holds_what_was_bought(mixed: Fitted, model: Path, tight: str) -> N
     assert len(rows) == 1 + len([t for t in open_checkpoint(model).spec.tensors if t.kind != "other"])
 
 
-@pytest.mark.parametrize("name", ["qwen2", "opt"])
-def test_other_architectures(name: str, tmp_path: Path) -> None:
-    save_architecture(name, tmp_path / name)
-    refused = fit(tmp_path / name, tmp_path / "out", "1kB", "-q")
-    said = re.search(r"allow (\S+ \S+) or more", refused.err)
+def test_another_architecture(tmp_path: Path) -> None:
+    """Positions that are learned, biases and norms with biases."""
+    save_architecture("opt", tmp_path / "opt")
+    said = re.search(r"allow (\S+ \S+) or more", fit(tmp_path / "opt", tmp_path / "out", "1kB", "-q").err)
     assert said is not None
-    made = fitted(tmp_path / name, tmp_path / "out", said.group(1), "-q")
+    made = fitted(tmp_path / "opt", tmp_path / "out", said.group(1), "-q")
     assert made.config["quantization_config"]["quant_method"] == "packlight"
     load_model(open_checkpoint(made.path))
 

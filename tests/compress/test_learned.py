@@ -64,8 +64,8 @@ def test_it_pays_at_two_bits(checkpoint: Checkpoint) -> None:
     assert row.value < 0.85 * row.predicted
 
 
-@pytest.mark.parametrize("scale_bits", [None, 4, 6, 8])
-@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, True), (8, False)])
+@pytest.mark.parametrize("scale_bits", [None, 4, 8])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, True)])
 def test_what_is_stored_is_what_the_block_computes_with(
     bits: int, symmetric: bool, scale_bits: int | None, checkpoint: Checkpoint
 ) -> None:
@@ -95,7 +95,7 @@ def test_what_is_stored_is_what_the_block_computes_with(
 
 @pytest.mark.parametrize(
     "rates",
-    [{"code_rate": 0.999, "scale_rate": 0.9}, {"code_rate": 0.001, "scale_rate": 0.999, "epochs": 20}],
+    [{"code_rate": 0.999, "scale_rate": 0.9}, {"code_rate": 0.001, "scale_rate": 0.999, "epochs": 12}],
     ids=["codes", "scales"],
 )
 @pytest.mark.parametrize("scale_bits", [None, 6])
