@@ -162,7 +162,7 @@ class Bench:
         """The step that fills `most` bytes on disk."""
         spec = self.checkpoint.spec
         text = prepare(self.checkpoint, self.calibration, 0.0)
-        losses = known_losses(self.checkpoint, text, DISK_GRIDS, END_GRIDS, "bfloat16", lambda: None)
+        losses = known_losses(self.checkpoint, text, DISK_GRIDS, END_GRIDS, "bfloat16", lambda stages: lambda: None)
         options = options_for(spec, losses, stored_bytes)
         alone = sum(stored_bytes(t, Precision()) for t in spec.tensors if t.name not in options)
         room = most - alone
@@ -181,7 +181,7 @@ class Bench:
         ends. The most promising by their estimated losses are made, and the one with the lowest KL is taken."""
         spec = self.checkpoint.spec
         text = prepare(self.checkpoint, self.calibration, 0.0)
-        losses = known_losses(self.checkpoint, text, DISK_GRIDS, END_GRIDS, "bfloat16", lambda: None)
+        losses = known_losses(self.checkpoint, text, DISK_GRIDS, END_GRIDS, "bfloat16", lambda stages: lambda: None)
         tried = []
         for inner in DISK_GRIDS:
             for end in END_GRIDS:

@@ -52,7 +52,7 @@ from packlight.measure.quality import Reference, evaluate_reference
 from packlight.measure.quality import evaluate as compare
 from packlight.measure.size import disk_size, size_rows
 from packlight.measure.text import load_text, windows
-from packlight.plan.allocate import Allocation
+from packlight.plan.allocate import Allocation, least_precision
 from packlight.plan.layout import Layout, artifact_bytes, check_layout, layout_of, tensor_layout
 from packlight.plan.memory import disk_bytes, stream_bytes
 from packlight.plan.recipes import (
@@ -190,13 +190,15 @@ def fit(
     unprobed = find_hardware(threads, is_probed=False)
     is_uniform = strategy.is_uniform or fits_whole(spec, untimed, unprobed)
     refuse_out_of_reach(spec, untimed, unprobed, is_uniform)
+    if not is_uniform:
+        compress.check_modules(checkpoint, least_precision(spec))
     machine = probe(watcher, threads)
     allocation: Allocation | None = None
     if is_uniform:
         precision = choose(spec, budget, machine).precision
     else:
-        tick = watcher.stage("what every matrix costs on every grid", 2 * spec.num_layers + 2)
-        precision, allocation = weigh(checkpoint, text, budget, machine, tick)
+        start = partial(watcher.stage, "what every matrix costs on every grid")
+        precision, allocation = weigh(checkpoint, text, budget, machine, start)
     watcher.say(f"chose {precision}: {promise(judge(spec, precision, budget, machine))}")
     step = build(step_options(precision, spec, strategy.method))
 
@@ -234,6 +236,7 @@ def quantize(
     layout = layout or layout_of(step.precision)
     check_layout(step.precision, layout)
     compress.check(step, checkpoint)
+    compress.check_modules(checkpoint, step.precision)
     text = _prepare(checkpoint, step, calibration)
     request = _request(checkpoint) | {"layout": layout, "steps": [step.to_dict()]} | _text_asked(text)
     if save.made_earlier(out, request):

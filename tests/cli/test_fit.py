@@ -178,7 +178,6 @@ def test_more_memory_is_predicted_to_lose_less(model: Path, mixed: Fitted, least
     assert losses[1] < losses[0]  # type: ignore[operator]
 
 
-@pytest.mark.xfail(reason="the stage is announced before the cache is looked into, and stays at nothing done")
 def test_a_stage_that_the_cache_spares_is_not_announced(model: Path, mixed: Fitted, least: int, tmp_path: Path) -> None:
     ended = fit(model, tmp_path / "out", f"{least + 80_000}B")
     assert ended.code == 0
@@ -217,14 +216,16 @@ def test_a_budget_between_goes_to_bfloat16(model: Path, tmp_path: Path) -> None:
     assert made.recipe["steps"] == [{"method": "cast", "dtype": "bfloat16"}]
 
 
-@pytest.mark.parametrize("method", ["rtn", "hqq", "learned"])
-def test_other_methods(method: str, model: Path, tight: str, mixed: Fitted, tmp_path: Path) -> None:
-    made = fitted(model, tmp_path / "out", tight, "--method", method, "--explain")
-    step, usual = made.recipe["steps"][0], mixed.recipe["steps"][0]
-    assert step["method"] == method
-    assert step["grids"] == usual["grids"], "the same bytes are bought, whatever rounds"
+@pytest.mark.parametrize("method", ["rtn", "learned"])
+def test_other_methods(method: str, model: Path, tight: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("All happy families are alike. " * 20)
+    made = fitted(
+        model, tmp_path / "out", tight, "--method", method, "--explain", "--calibration", tmp_path / "mine.txt"
+    )
+    assert made.recipe["calibration"]["text"] == "mine.txt"
+    assert made.recipe["steps"][0]["method"] == method
     reads_text = method == "learned"
-    assert (WEIGHTING in made.ended.err or "calibration:" in made.ended.err) is reads_text
+    assert (WEIGHTING in made.ended.err) is ("calibration:" in made.ended.err) is reads_text
     assert bool([row for row in made.rows if row.name == "calibration_tokens"]) is reads_text
     assert "predicted nats" in made.ended.out
 
@@ -245,13 +246,6 @@ def test_text_that_the_model_makes_up(model: Path, tight: str, tmp_path: Path) -
     same_but_for_the_ledger(made.path, again.path)
 
 
-def test_text_of_the_users(model: Path, tight: str, mixed: Fitted, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("All happy families are alike. " * 200)
-    made = fitted(model, tmp_path / "out", tight, "--calibration", tmp_path / "mine.txt", "-q")
-    assert made.recipe["calibration"]["text"] == "mine.txt"
-    assert (made.path / SINGLE_NAME).read_bytes() != (mixed.path / SINGLE_NAME).read_bytes()
-
-
 def test_bad_calibration_text(model: Path, tight: str, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "binary.dat").write_bytes(bytes(range(256)) * 10)
@@ -270,14 +264,13 @@ def test_bad_flags(flags: list[str], model: Path, tight: str, tmp_path: Path) ->
     assert_refused(words(model, tmp_path / "out", tight, "-q", *flags), tmp_path)
 
 
-@pytest.mark.parametrize("flags", [[], ["--uniform"]], ids=str)
-def test_a_budget_that_nothing_meets(flags: list[str], model: Path, tmp_path: Path) -> None:
-    argv = words(model, tmp_path / "out", "2kB", "-q", *flags)
-    smallest = "int4-row-sym" if flags == ["--uniform"] else "int2-g32-asym"
-    assert_refused(argv, tmp_path, code=3, says=f"no recipe fits: the smallest, {smallest}")
-    said = re.search(r"allow (\S+ \S+) or more", call(*argv).err)
-    assert said is not None
-    assert fit(model, tmp_path / "out", said.group(1), "-q", *flags).code == 0
+def test_a_budget_that_nothing_meets(model: Path, least: int, tmp_path: Path) -> None:
+    """The smallest choice is named, and the budget that the sentence asks for is met."""
+    for flags, smallest in (([], "int2-g32-asym"), (["--uniform"], "int4-row-sym"), (["--method", "rtn"], "int2")):
+        argv = words(model, tmp_path / "out", "2kB", "-q", *flags)
+        assert_refused(argv, tmp_path, code=3, says=f"no recipe fits: the smallest, {smallest}")
+    made = fitted(model, tmp_path / "out", f"{least}B", "-q")
+    assert {step["bits"] for step in made.recipe["steps"]} == {2}
 
 
 def test_twice_gives_the_same_bytes(model: Path, tight: str, mixed: Fitted, tmp_path: Path) -> None:
@@ -312,11 +305,16 @@ def test_another_architecture(tmp_path: Path) -> None:
     load_model(open_checkpoint(made.path))
 
 
-@pytest.mark.xfail(raises=(AttributeError, RuntimeError), reason="what `quantize` refuses, weighing stumbles over")
 @pytest.mark.parametrize(("name", "says"), [("gpt2", "Conv1D"), ("gpt_neox", "other names")])
 def test_architectures_that_cannot_be_quantized(name: str, says: str, tmp_path: Path) -> None:
-    """The sentence that `quantize` says, before anything is computed."""
+    """The sentence that `quantize --method rtn` says, before anything is weighed."""
     save_architecture(name, tmp_path / name)
     said = re.search(r"allow (\S+ \S+) or more", fit(tmp_path / name, tmp_path / "out", "1kB", "-q").err)
     assert said is not None
     assert_one_sentence(fit(tmp_path / name, tmp_path / "out", said.group(1), "-q"), says=says)
+
+
+def test_names_that_no_text_can_pass_through(tmp_path: Path) -> None:
+    save_architecture("gpt_neox", tmp_path / "model")
+    argv = ["quantize", tmp_path / "model", "-q", "--windows", 2, "--window", 32, "--out", tmp_path / "out"]
+    assert_refused([*argv, "--method", "gptq"], tmp_path, says="other names")

@@ -1,4 +1,4 @@
-"""GPTQ as a step on small models: less output error than rounding to nearest, whatever the grid and the architecture."""
+"""GPTQ as a step on small models: less output error than rounding to nearest, on any grid and architecture."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_every_matrix_errs_less_than_rounding_to_nearest(
     for clip in ("minmax", "mse"):
         theirs = errors(checkpoint, rounded(checkpoint, step, layer, clip), moments)
         assert all(mine[name] < theirs[name] for name in mine), clip
-        assert sum(mine.values()) < 0.85 * sum(theirs.values())
+        assert sum(mine.values()) < 0.6 * sum(theirs.values())
 
 
 def test_a_row_is_the_output_error_on_the_text(checkpoint: Checkpoint, moments: dict[str, torch.Tensor]) -> None:
@@ -215,7 +215,7 @@ def test_asymmetry_brings_a_later_layer_nearer_to_the_original(checkpoint: Check
     assert found[1] < found[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"asymmetry": 0.5}, {"true_sequential": False}], ids=str)
+@pytest.mark.parametrize("options", [{"asymmetry": 0.5}, {"true_sequential": False}], ids=str)
 def test_the_batch_changes_no_more_than_rounding(options: dict[str, Any], checkpoint: Checkpoint) -> None:
     values = []
     for batch in (1, 3, 8):

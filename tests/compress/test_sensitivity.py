@@ -120,8 +120,8 @@ def test_the_second_time_comes_from_the_cache(
 ) -> None:
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
     text = prepare(checkpoint, CalibrationText(windows=3, window=32), 1.0)
-    first = known_losses(checkpoint, text, GRIDS, GRIDS, "bfloat16", lambda: None)
+    first = known_losses(checkpoint, text, GRIDS, GRIDS, "bfloat16", lambda stages: lambda: None)
     monkeypatch.setattr(under_test, "sensitivity", lambda *arguments, **options: pytest.fail("done again"))
-    assert known_losses(checkpoint, text, GRIDS, GRIDS, "bfloat16", lambda: None) == first
+    assert known_losses(checkpoint, text, GRIDS, GRIDS, "bfloat16", lambda stages: lambda: None) == first
     with pytest.raises(pytest.fail.Exception, match="done again"):
-        known_losses(checkpoint, text, GRIDS[:1], GRIDS, "bfloat16", lambda: None)
+        known_losses(checkpoint, text, GRIDS[:1], GRIDS, "bfloat16", lambda stages: lambda: None)

@@ -38,7 +38,7 @@ def error_by_group(weight: torch.Tensor, made: QuantizedTensor) -> torch.Tensor:
     return difference.square().reshape(rows, groups, -1).sum(dim=-1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(matrices(coded=False))
 def test_clipping_never_errs_more(case: tuple[torch.Tensor, Grid]) -> None:
     """The whole range is one of those that are tried, so no group can lose; sums differ by float32's rounding."""
@@ -104,7 +104,7 @@ def test_any_multiple_of_an_importance_is_the_same() -> None:
     assert torch.equal(one.scale, other.scale)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(matrices(coded=True), st.sampled_from(["minmax", "mse"]), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_coded_scales(case: tuple[torch.Tensor, Grid], clip: Clip, dtype: torch.dtype) -> None:
     """A code of at least 1 times the unit of the row; half a unit from the scale that it stands for."""
@@ -120,7 +120,7 @@ def test_coded_scales(case: tuple[torch.Tensor, Grid], clip: Clip, dtype: torch.
     assert bool((coded.codes.amax(dim=1) >= most - 1).all()), "the largest scale of a row takes the largest code"
     plain = fit(weight, Grid(grid.bits, grid.group_size, grid.symmetric), torch.float32, clip=clip)
     unit = coded.unit.float()
-    # A scale below half a unit takes the code 1 all the same; the unit's own rounding counts once for each of its codes.
+    # A scale below half a unit takes the code 1 all the same; the unit's own rounding counts once for each code.
     bound = torch.maximum(unit * (0.5 + most * torch.finfo(dtype).eps), (unit - plain.scale) * 1.01)
     assert bool(((made.scale.float() - plain.scale).abs() <= bound).all())
 

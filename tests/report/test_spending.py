@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packlight.evidence import Measurement
@@ -44,9 +43,9 @@ def test_the_sums_are_those_of_the_ledgers_last_row() -> None:
 def test_other_rows_are_passed_over() -> None:
     others = [
         row("model.layers.0.mlp.down_proj.weight", 1.0, "int3-g32-asym, 9 bytes in memory", name="relative_error"),
-        row("model.layers.0.mlp.down_proj.weight", None, "it failed"),
+        row("model.layers.9.mlp.down_proj.weight", None, "it failed"),
         row("packed", 1.0, None),
-        Measurement("predicted_kl", "much", "nats", "model.layers.0.mlp.down_proj.weight"),
+        Measurement("predicted_kl", "much", "nats", "model.layers.8.mlp.down_proj.weight"),
     ]
     assert spending(others) == []
     assert spending([*others, *ROWS]) == spending(ROWS)
@@ -62,13 +61,13 @@ def test_rows_are_read_once_from_any_iterable() -> None:
     assert spending(iter(ROWS)) == spending(ROWS)
 
 
+@settings(deadline=None)
 @given(st.permutations(ROWS))
 def test_the_sums_do_not_depend_on_the_order(rows: list[Measurement]) -> None:
     found = {(one.role, one.grid): one for one in spending(rows)}
     assert found == {(one.role, one.grid): one for one in spending(ROWS)}
 
 
-@pytest.mark.xfail(reason="a job that was killed while it wrote these rows writes them again, and both count")
 def test_a_matrix_that_was_written_twice_counts_once() -> None:
-    """As everywhere in a ledger, the last row for one quantity of one subject counts."""
+    """A job that was killed while it wrote these rows writes them all again; the last counts, as in every ledger."""
     assert spending([*ROWS[:3], *ROWS]) == spending(ROWS)

@@ -45,18 +45,22 @@ def fits_whole(spec: ModelSpec, budget: Budget, machine: Hardware) -> bool:
 
 
 def weigh(
-    checkpoint: Checkpoint, text: Prepared, budget: Budget, machine: Hardware, tick: Callable[[], None]
+    checkpoint: Checkpoint,
+    text: Prepared,
+    budget: Budget,
+    machine: Hardware,
+    start: Callable[[int], Callable[[], None]],
 ) -> tuple[Precision, Allocation]:
     """A grid for every matrix, by what each costs on each.
 
     Args:
-        tick: called after each of `2 * layers + 2` stages, unless the costs are known from an earlier run.
+        start: called with the number of stages, unless the costs are known from an earlier run; returns their `tick`.
 
     Raises:
         BudgetError: no choice meets the budget.
     """
     spec = checkpoint.spec
-    losses = known_losses(checkpoint, text, INNER_GRIDS, END_GRIDS, QUANTIZED_DTYPE, tick)
+    losses = known_losses(checkpoint, text, INNER_GRIDS, END_GRIDS, QUANTIZED_DTYPE, start)
     found = allocate_within(spec, losses, budget, machine, QUANTIZED_DTYPE)
     if found is None:
         raise BudgetError(_too_little(judge(spec, least_precision(spec), budget, machine), budget))

@@ -5,6 +5,7 @@ Entries are addresses, not classes, so that listing the methods imports none of 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
@@ -37,6 +38,6 @@ def build(options: dict[str, Any]) -> Step:
     try:
         step: Step = cls(**given)
     except TypeError as error:
-        allowed = ", ".join(cls.__dataclass_fields__)
+        allowed = ", ".join(field.name for field in fields(cls))
         raise UsageError(f"{cls.name} does not take these options ({error}): it takes {allowed}") from error
     return step

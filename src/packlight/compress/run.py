@@ -24,12 +24,13 @@ from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.packed import decode, stored_tensors
 from packlight.checkpoint.stored import SCALES
 from packlight.compress.step import Step
-from packlight.compress.walk import Block, Calibration, WalkResult, check_names, walk
+from packlight.compress.walk import Block, Calibration, WalkResult, check_names, find_layers, walk
 from packlight.errors import CheckpointError, UsageError
 from packlight.evidence import Measurement
 from packlight.ops.grid import tensor_digest
 from packlight.runtime.load import empty_model, put_
 from packlight.runtime.packed import embedding_factor
+from packlight.spec import Precision
 
 
 def check(step: Step, checkpoint: Checkpoint) -> None:
@@ -51,6 +52,20 @@ def check_dense(checkpoint: Checkpoint) -> None:
         )
 
 
+def check_modules(checkpoint: Checkpoint, precision: Precision) -> PreTrainedModel:
+    """The checkpoint's empty model, in which every tensor that is to be put on a grid belongs to a module that can be.
+
+    Raises:
+        CheckpointError: tensors are missing or have other names than the architecture's, or belong to other modules.
+    """
+    model = empty_model(checkpoint, precision.dtype)
+    check_names(checkpoint, model)
+    find_layers(model)
+    _refuse_missing(checkpoint, model)
+    _refuse_foreign_modules(precision, checkpoint, model)
+    return model
+
+
 def run(
     step: Step,
     checkpoint: Checkpoint,
@@ -67,10 +82,7 @@ def run(
     assert (calibration is not None) == step.needs_inputs, "calibration is there where a step reads inputs"
     assert not step.needs_guide or (calibration is not None and calibration.guide is not None), "tokens are weighted"
     work.mkdir(parents=True, exist_ok=True)
-    model = empty_model(checkpoint, step.precision.dtype)
-    check_names(checkpoint, model)
-    _refuse_missing(checkpoint, model)
-    _refuse_foreign_modules(step, checkpoint, model)
+    model = check_modules(checkpoint, step.precision)
     rows: dict[int, Measurement] = {}
 
     def store(block: Block) -> None:
@@ -185,9 +197,9 @@ def _refuse_not_finite(block: Block) -> None:
             raise CheckpointError(f"{name} holds a NaN or an infinity: repair the checkpoint first")
 
 
-def _refuse_foreign_modules(step: Step, checkpoint: Checkpoint, model: nn.Module) -> None:
+def _refuse_foreign_modules(precision: Precision, checkpoint: Checkpoint, model: nn.Module) -> None:
     for tensor in checkpoint.spec.tensors:
-        if step.precision.grid_of(tensor) is None:
+        if precision.grid_of(tensor) is None:
             continue
         owner = model.get_submodule(tensor.name.rpartition(".")[0])
         if not isinstance(owner, nn.Linear | nn.Embedding):

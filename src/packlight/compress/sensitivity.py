@@ -11,9 +11,8 @@ row as it is on the whole, it becomes
     KL = 1/2 sum_r G_r D_r H D_r^T,   G_r = E[g_r^2] / E[|g|^2],   H = E[|g|^2 x x^T]
 
 (a Kronecker factorization as in Martens & Grosse, "K-FAC", arXiv 1503.05671, but with every token weighted by its own
-gradient: the few tokens with enormous activations that language models have carry hardly any gradient.) So it is
-
-for rounding to nearest; a method that rounds better loses a share of that (`Step.loss_share`). Changes of different
+gradient: the few tokens with enormous activations that language models have carry hardly any gradient). That is for
+rounding to nearest; a method that rounds better loses a share of that (`Step.loss_share`). Changes of different
 matrices add up.
 
 The head's own cost is measured, not estimated: its logits with and without rounding are compared on some positions.
@@ -117,9 +116,11 @@ def known_losses(
     grids: Sequence[Grid],
     end_grids: Sequence[Grid],
     dtype: str,
-    tick: Callable[[], None],
+    start: Callable[[int], Callable[[], None]],
 ) -> Losses:
     """`sensitivity` on the first windows of a calibration text, kept in the cache: the next budget costs nothing.
+
+    `start` is called with the number of stages if there is work to do, and returns the `tick` for them.
 
     Text that the model is to make up itself is stood in for by the bundled one.
     """
@@ -132,6 +133,7 @@ def known_losses(
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
     def build(directory: Path) -> None:
+        tick = start(2 * checkpoint.spec.num_layers + 2)
         made = sensitivity(checkpoint, Calibration(cut), grids, end_grids, getattr(torch, dtype), tick=tick)
         (directory / LOSSES_NAME).write_text(json.dumps(made), encoding="utf-8")
 

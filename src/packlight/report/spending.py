@@ -26,8 +26,8 @@ def spending(rows: Iterable[Measurement]) -> list[Spent]:
     """
     found: dict[tuple[str, str], Spent] = {}
     roles: dict[str, int] = {}
-    for row in rows:
-        if row.name != "predicted_kl" or not row.subject.endswith(".weight") or not isinstance(row.value, int | float):
+    for row in {row.subject: row for row in rows if row.name == "predicted_kl"}.values():  # the last of each counts
+        if not row.subject.endswith(".weight") or not isinstance(row.value, int | float):
             continue
         role = row.subject.removesuffix(".weight").rpartition(".")[2]
         grid, _, size = (row.note or "").partition(", ")

@@ -70,7 +70,9 @@ class Learned(Gptq):
         return super().passes + 3 * self.epochs
 
     def _solve(self, block: Block, originals: dict[str, torch.Tensor]) -> Measurement:
-        super()._solve(block, originals)
+        rounded = super()._solve(block, originals)
+        if not originals:
+            return rounded
         assert block.activations is not None
         start = {name: block.packed[name] for name in originals}
         learners = {name: _Learner(originals[name], packed, self.scale_dtype) for name, packed in start.items()}
