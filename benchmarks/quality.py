@@ -141,6 +141,7 @@ class Bench:
     def sizes(self, sizes: list[float], learned_below: float, peers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Files of given sizes in MB: a grid for every matrix, beside the best uniform recipe and the peers."""
         claims = []
+        self.rows += peer_rows(peers)
         for size in sizes:
             method = "learned" if size < learned_below else "gptq"
             made = self.measure(Subject(f"allocated {size:g} MB", self.allocated(size * 1e6, method)))
@@ -221,6 +222,20 @@ class Bench:
         self.table[subject.name] = row
         print(f"{subject.name}: {size / 1e6:.1f} MB, KL {found.kl:.4f}, ppl {found.perplexity:.2f}", file=sys.stderr)
         return row
+
+
+def peer_rows(peers: list[dict[str, Any]]) -> list[Measurement]:
+    """What `benchmarks/peers` measured on the same tokens, as rows of evidence."""
+    rows = []
+    for peer in peers:
+        subject = f"{peer['peer'].partition(' ')[0]} {peer['format']}"
+        for name, unit in (("disk_bytes", "bytes"), ("kl", "nats"), ("perplexity", "1"), ("top1", "1")):
+            key = "bytes" if name == "disk_bytes" else name
+            spread = peer["kl_stderr"] if name == "kl" else None
+            rows.append(
+                Measurement(name, peer[key], unit, subject, spread=spread, note=f"{peer['peer']}: {peer['note']}")
+            )
+    return rows
 
 
 def lower(claim: str, mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

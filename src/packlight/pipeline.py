@@ -188,15 +188,17 @@ def fit(
     # What is out of reach whatever the speed is said before the seconds that a probe takes.
     spec, untimed = checkpoint.spec, replace(budget, min_tps=None)
     unprobed = find_hardware(threads, is_probed=False)
-    is_uniform = strategy.is_uniform or fits_whole(spec, untimed, unprobed)
-    refuse_out_of_reach(spec, untimed, unprobed, is_uniform)
-    if not is_uniform:
-        compress.check_modules(checkpoint, least_precision(spec))
+    if strategy.is_uniform or fits_whole(spec, untimed, unprobed):
+        choose(spec, untimed, unprobed)
+    else:
+        refuse_out_of_reach(spec, untimed, unprobed)
     machine = probe(watcher, threads)
+    is_uniform = strategy.is_uniform or fits_whole(spec, budget, machine)
     allocation: Allocation | None = None
     if is_uniform:
         precision = choose(spec, budget, machine).precision
     else:
+        compress.check_modules(checkpoint, least_precision(spec))
         start = partial(watcher.stage, "what every matrix costs on every grid")
         precision, allocation = weigh(checkpoint, text, budget, machine, start)
     watcher.say(f"chose {precision}: {promise(judge(spec, precision, budget, machine))}")

@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 
 from packlight.evidence import read
-from packlight.report.table import markdown_table
+from packlight.report.table import markdown_by_subject, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TABLE = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+TABLE = re.compile(r"<!-- (table|subjects): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def test_every_table_is_what_its_evidence_says() -> None:
-    tables = TABLE.findall(README)
-    assert tables
-    for ledger, table in tables:
-        assert table == markdown_table(read(ROOT / ledger)), f"README: make the table of {ledger} again"
+    pages = {page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/quantization.md")}
+    tables = [(page, *found) for page, text in pages.items() for found in TABLE.findall(text)]
+    assert {page for page, *_ in tables} == set(pages)
+    for page, kind, ledger, table in tables:
+        write = markdown_table if kind == "table" else markdown_by_subject
+        assert table == write(read(ROOT / ledger)), f"{page}: make the table of {ledger} again"
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/quantization.md"])

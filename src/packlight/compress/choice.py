@@ -30,11 +30,9 @@ def choose(spec: ModelSpec, budget: Budget, machine: Hardware) -> Candidate:
     raise BudgetError(_too_little(smallest(judged), budget))
 
 
-def refuse_out_of_reach(spec: ModelSpec, budget: Budget, machine: Hardware, is_uniform: bool) -> None:
-    """Raises BudgetError where not even the smallest choice meets a budget."""
-    if is_uniform:
-        choose(spec, budget, machine)
-    elif not (least := judge(spec, least_precision(spec), budget, machine)).is_feasible:
+def refuse_out_of_reach(spec: ModelSpec, budget: Budget, machine: Hardware) -> None:
+    """Raises BudgetError where not even the smallest grid for every matrix meets a budget."""
+    if not (least := judge(spec, least_precision(spec), budget, machine)).is_feasible:
         raise BudgetError(_too_little(least, budget))
 
 

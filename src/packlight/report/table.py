@@ -74,6 +74,16 @@ def markdown_table(rows: Sequence[Measurement], names: Sequence[str] | None = No
     return "\n".join(lines) + "\n"
 
 
+def markdown_by_subject(rows: Sequence[Measurement], names: Sequence[str] | None = None) -> str:
+    """A line for each subject and a column for each quantity, in Markdown; for many subjects."""
+    grid = side_by_side(rows, names)
+    columns = [label for label, _ in grid.rows]
+    lines = [_markdown_line("", columns), "|---|" + "---:|" * len(columns)]
+    for place, subject in enumerate(grid.subjects):
+        lines.append(_markdown_line(subject, [cells[place] for _, cells in grid.rows]))
+    return "\n".join(lines) + "\n"
+
+
 def _number(value: Number) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
