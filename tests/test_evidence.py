@@ -113,3 +113,10 @@ def test_every_row_says_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.
     assert row.environment["torch"] and row.environment["cpu"]
     assert (row.name, row.value, row.predicted) == ("peak_bytes", 123, 120)
     assert "/" not in str(row.command)
+
+
+def test_a_command_does_not_say_where_somebody_keeps_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["/home/me/bin/packlight", "fit", "/home/me/model", "--out", "build/x", "--users", "2"]
+    )
+    assert evidence.command_line() == "packlight fit model --out build/x --users 2"

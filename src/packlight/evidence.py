@@ -151,8 +151,10 @@ def commit() -> str:
 
 
 def command_line() -> str:
-    """The command line of this process, its program by name only."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line of this process. Of the program and of absolute paths only the last part: ledgers are published
+    with artifacts, and where somebody keeps files is nobody's business."""
+    program, *words = sys.argv
+    return " ".join([Path(program).name, *(Path(word).name if Path(word).is_absolute() else word for word in words)])
 
 
 def _git(root: Path, *args: str) -> str:
