@@ -153,9 +153,10 @@ class Bench:
             if smaller:
                 best = min(smaller, key=lambda row: row["kl"])
                 claims.append(lower(f"below {best['peer']} {best['format']} at {size:g} MB", made, best))
-            elif rivals:
-                least = min(rivals, key=lambda row: row["bytes"])
-                what = f"the smallest file of a peer, {least['format']} at {least['bytes'] / 1e6:.1f} MB"
+            files = [row for row in rivals if row["peer"].startswith("llama.cpp")]
+            if files and size * 1e6 < min(row["bytes"] for row in files):
+                least = min(files, key=lambda row: row["bytes"])
+                what = f"llama.cpp's smallest file, {least['format']} at {least['bytes'] / 1e6:.1f} MB"
                 claims.append(lower(f"{size:g} MB below {what}", made, least))
         return claims
 
