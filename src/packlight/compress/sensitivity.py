@@ -87,7 +87,9 @@ def sensitivity(
 
     def note(name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         squares = gradient.square()  # (n, rows)
-        mine = seen.setdefault(name, _Seen(torch.zeros(x.shape[1], x.shape[1]), torch.zeros(gradient.shape[1])))
+        if name not in seen:
+            seen[name] = _Seen(torch.zeros(x.shape[1], x.shape[1]), torch.zeros(gradient.shape[1]))
+        mine = seen[name]
         mine.hessian.addmm_(x.T, x * squares.sum(dim=1, keepdim=True))
         mine.squares += squares.sum(dim=0)
         mine.tokens += len(x)

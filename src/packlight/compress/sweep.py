@@ -7,8 +7,6 @@ information, which says how much a small change at a place changes what the mode
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from packlight.checkpoint.cache import build_once, cache_root
 from packlight.checkpoint.open import Checkpoint
-from packlight.checkpoint.save import content_hash
 from packlight.compress.walk import Calibration, cast_, find_layers, free_, record_calls, run_block, stages, standing_in
 from packlight.plan.memory import SWEPT_TOGETHER
 from packlight.runtime.load import empty_model, load_dense_
@@ -46,6 +42,11 @@ class Sweep:
         self._embedding, *self._blocks, self._head = stages(checkpoint, self.model, self.layers)
         self._states: list[torch.Tensor] = []
         self.gradient = torch.empty(0)
+
+    @property
+    def block_names(self) -> list[str]:
+        """Module names of the blocks."""
+        return [name for name, *_ in self._blocks]
 
     def forward(self, tick: Callable[[], None]) -> None:
         """Through the embedding and all blocks; `tick` after each."""
@@ -131,21 +132,34 @@ def guide(checkpoint: Checkpoint, calibration: Calibration, file: Path, tick: Ca
             every block for its output.
         tick: called after each of `num_sweeps(calibration) * (2 * layers + 1)` stages.
     """
-    found: dict[str, list[torch.Tensor]] = {}
+    # Room for everything at once: small results that outlive a block would lie scattered over the heap between its
+    # large temporaries, and the holes between them grow to several times what is alive.
+    spec = checkpoint.spec
+    names = [tensor.name for tensor in spec.tensors if tensor.kind in ("linear", "expert")]
+    count, length = len(calibration.windows), len(calibration.windows[0])
+    found = {name: torch.zeros(count * length) for name in names}
+    filled = dict.fromkeys(names, 0)
+
+    def keep(name: str, squares: torch.Tensor) -> None:
+        done = filled[name]
+        found[name][done : done + len(squares)] = squares
+        filled[name] = done + len(squares)
 
     def note(name: str, _: torch.Tensor, gradient: torch.Tensor) -> None:
-        found.setdefault(name, []).append(gradient.square().sum(dim=1))
+        keep(name, gradient.square().sum(dim=1))
 
-    for start in range(0, len(calibration.windows), SWEPT_TOGETHER):
+    for start in range(0, count, SWEPT_TOGETHER):
         sweep = Sweep(checkpoint, calibration.windows[start : start + SWEPT_TOGETHER], calibration.batch)
+        for name in sweep.block_names:
+            found.setdefault(name, torch.zeros(count * length))
+            filled.setdefault(name, 0)
         sweep.forward(tick)
         sweep.head()
         leaving = sweep.gradient
         for name, _ in sweep.back(note, tick):
-            found.setdefault(name, []).append(leaving.square().sum(dim=-1).reshape(-1))
+            keep(name, leaving.square().sum(dim=-1).reshape(-1))
             leaving = sweep.gradient
-    shape = (len(calibration.windows), -1)
-    save_file({name: torch.cat(parts).reshape(shape).contiguous() for name, parts in found.items()}, file)
+    save_file({name: squares.reshape(count, length) for name, squares in found.items()}, file)
 
 
 def known_guide(
