@@ -7,6 +7,8 @@ information, which says how much a small change at a place changes what the mode
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from packlight.checkpoint.cache import build_once, cache_root
 from packlight.checkpoint.open import Checkpoint
+from packlight.checkpoint.save import content_hash
 from packlight.compress.walk import Calibration, cast_, find_layers, free_, record_calls, run_block, stages, standing_in
 from packlight.plan.memory import SWEPT_TOGETHER
 from packlight.runtime.load import empty_model, load_dense_
