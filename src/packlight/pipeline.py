@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 
 from packlight import evidence
 from packlight.checkpoint import save
@@ -387,7 +386,7 @@ def _compress(
             tick()
     stored = tensor_layout(checkpoint.spec, step.precision, layout)
     config = save.artifact_config(checkpoint.config, checkpoint.spec, step.precision, layout)
-    save.write_artifact(work, checkpoint, stored, _block_reader(work.blocks), config, recipe)
+    save.write_artifact(work, checkpoint, stored, compress.block_reader(work.blocks), config, recipe)
     assert result.proof_logits is not None
     if is_fresh:  # a job that goes on did only a part of the work
         taken_s, peak = time.monotonic() - start, peak_bytes() - base
@@ -419,21 +418,6 @@ def _calibration(step: Step, text: Prepared, work: save.Job, ledger: Ledger, wat
         return calibration
     start = partial(watcher.stage, "which tokens matter to which matrix")
     return replace(calibration, guide=known_guide(text.checkpoint, calibration, start))
-
-
-def _block_reader(blocks: Path) -> Callable[[str], Any]:
-    """Bytes of a tensor from whichever block file holds it."""
-    where: dict[str, Path] = {}
-    for path in compress.block_files(blocks):
-        with safe_open(path, framework="pt") as stored:
-            where.update(dict.fromkeys(stored.keys(), path))
-
-    def read(name: str) -> Any:
-        with safe_open(where[name], framework="pt") as stored:
-            tensor = stored.get_tensor(name)
-        return tensor.reshape(-1).contiguous().view(torch.uint8).numpy()
-
-    return read
 
 
 def _measure_pair(

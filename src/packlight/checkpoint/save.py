@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +183,16 @@ def content_hash(checkpoint: Checkpoint) -> str:
     """sha256 over the config and the stored bytes of a checkpoint, whatever its file names."""
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for path in sorted({entry.file for entry in checkpoint.index.values()}):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        state = path.stat()
+        digest.update(_file_digest(path, state.st_size, state.st_mtime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: Path, size: int, changed_ns: int) -> bytes:
+    """A file is read once by a process, as long as it is not changed: several stations ask for the same hash."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def own_quantization_config(precision: Precision) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,4 +130,4 @@ def prepare(checkpoint: Checkpoint, asked: CalibrationText, passes: float, is_sw
 
 def parse_data(text: str | None) -> Data:
     """What a user wrote for --data: a file, or 'self'."""
-    return "self" if text == "self" else None if text is None else Path(os.fspath(text))
+    return "self" if text == "self" else None if text is None else Path(text)

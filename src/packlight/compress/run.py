@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,21 @@ def run(
 def block_files(work: Path) -> list[Path]:
     """Finished blocks, in the order of the walk."""
     return sorted(work.glob("[0-9]*.safetensors"))
+
+
+def block_reader(blocks: Path) -> Callable[[str], Any]:
+    """Bytes of a tensor from whichever block file holds it."""
+    where: dict[str, Path] = {}
+    for path in block_files(blocks):
+        with safe_open(path, framework="pt") as stored:
+            where.update(dict.fromkeys(stored.keys(), path))
+
+    def read(name: str) -> Any:
+        with safe_open(where[name], framework="pt") as stored:
+            tensor = stored.get_tensor(name)
+        return tensor.reshape(-1).contiguous().view(torch.uint8).numpy()
+
+    return read
 
 
 def digests(work: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 from packlight.checkpoint.open import Checkpoint
@@ -80,6 +80,48 @@ class Step(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """The hyper-parameters as a recipe file holds them, `method` first."""
         ...
+
+
+@dataclass(frozen=True)
+class DenseStep:
+    """What the steps whose result is on no grid share: they read no text, and break nothing.
+
+    Args:
+        dtype: of every floating-point tensor of the result.
+
+    Raises:
+        UsageError: not float32, bfloat16 or float16.
+    """
+
+    dtype: str = "bfloat16"
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset({"dense"})
+    breaks: ClassVar[frozenset[str]] = frozenset()
+    needs_inputs: ClassVar[bool] = False
+    needs_guide: ClassVar[bool] = False
+    loss_share: ClassVar[float] = 1.0
+    passes: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        Precision(self.dtype)  # checks the name
+
+    @property
+    def precision(self) -> Precision:
+        """How the result stores its weights."""
+        return Precision(self.dtype)
+
+    def plan(self, spec: ModelSpec, calibration: CalibrationSize | None = None) -> Claim:
+        """Bytes, peak and minutes from shapes alone."""
+        return claim(spec, self.precision, calibration)
+
+    def measure(self, spec: ModelSpec, artifact: Checkpoint) -> Iterator[Measurement]:
+        """Claimed bytes beside stored ones."""
+        yield from check_claim(self.plan(spec), artifact)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The hyper-parameters as a recipe file holds them."""
+        return {"method": self.name, **asdict(self)}
 
 
 def claim(spec: ModelSpec, precision: Precision, calibration: CalibrationSize | None = None) -> Claim:

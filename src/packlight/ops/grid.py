@@ -7,6 +7,7 @@ is `2 max|w| / (2^bits - 1)`, so that the grid spans the full range of a signed 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,6 +84,21 @@ class QuantizedTensor:
         """Codes on the points of a fitted grid."""
         return cls(codes, scales.scale, scales.zero_point, grid, scales.coded)
 
+    @classmethod
+    def stacked(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """Some rows below the others, all on one grid."""
+        if len(parts) == 1:
+            return parts[0]
+        zeros = [part.zero_point for part in parts if part.zero_point is not None]
+        coded = [part.coded_scale for part in parts if part.coded_scale is not None]
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zeros) if zeros else None,
+            parts[0].grid,
+            CodedScale(torch.cat([c.codes for c in coded]), torch.cat([c.unit for c in coded])) if coded else None,
+        )
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The (rows, cols) matrix in `dtype`, by default that of the scale, computed in that dtype."""
         return dequantize(self.codes, self.scale, self.zero_point, dtype)
@@ -113,17 +129,7 @@ def quantize(
     for part in weight.split(ROW_CHUNK):
         scales = fit(part, grid, scale_dtype, name, clip, importance)
         parts.append(QuantizedTensor.on(scales, round_to(part, scales.scale, scales.zero_point, grid), grid))
-    if len(parts) == 1:
-        return parts[0]
-    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
-    coded = [part.coded_scale for part in parts if part.coded_scale is not None]
-    return QuantizedTensor(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        torch.cat(zero_points) if zero_points else None,
-        grid,
-        CodedScale(torch.cat([c.codes for c in coded]), torch.cat([c.unit for c in coded])) if coded else None,
-    )
+    return QuantizedTensor.stacked(parts)
 
 
 def fit(

@@ -15,19 +15,18 @@ The result is a dense checkpoint, made to be quantized by the next command.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from packlight.checkpoint.open import Checkpoint
-from packlight.compress.step import Claim, check_claim, claim
+from packlight.compress.step import Claim, DenseStep
 from packlight.compress.walk import Block
 from packlight.errors import UsageError
 from packlight.evidence import Measurement
 from packlight.ops.hadamard import is_available, random_signs, rotate
 from packlight.plan.memory import CalibrationSize
-from packlight.spec import ModelSpec, Precision
+from packlight.spec import ModelSpec
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose blocks are what the formulas above say: RMS norms with a plain gain, separate matrices."""
@@ -41,7 +40,7 @@ WRITES = ("self_attn.o_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)
-class Rotate:
+class Rotate(DenseStep):
     """Rotate a dense checkpoint.
 
     Args:
@@ -60,30 +59,11 @@ class Rotate:
     heads: bool = True
 
     name: ClassVar[str] = "rotate"
-    needs: ClassVar[frozenset[str]] = frozenset({"dense"})
-    breaks: ClassVar[frozenset[str]] = frozenset()
-    needs_inputs: ClassVar[bool] = False
-    loss_share: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        Precision(self.dtype)  # checks the name
+        super().__post_init__()
         if not isinstance(self.seed, int) or self.seed < 0:
             raise UsageError(f"a seed is a number from 0 on, not {self.seed!r}")
-
-    @property
-    def precision(self) -> Precision:
-        """How the result stores its weights."""
-        return Precision(self.dtype)
-
-    @property
-    def needs_guide(self) -> bool:
-        """No token is looked at."""
-        return False
-
-    @property
-    def passes(self) -> float:
-        """None."""
-        return 0.0
 
     def plan(self, spec: ModelSpec, calibration: CalibrationSize | None = None) -> Claim:
         """Bytes, peak and minutes from shapes alone. Raises UsageError where nothing of the model can be rotated."""
@@ -94,7 +74,7 @@ class Rotate:
                 f"nothing of {spec.name} can be rotated: its head is tied or its sizes, {spec.hidden_size} and "
                 f"{spec.head_dim} for a head, have no Hadamard matrix"
             )
-        return claim(spec, self.precision, calibration)
+        return super().plan(spec, calibration)
 
     def apply_(self, blocks: Iterable[Block]) -> Iterator[Measurement]:
         """One row per block: the largest weight over the root mean square of its matrices, before in `predicted`."""
@@ -114,14 +94,6 @@ class Rotate:
                 if self._turns_heads(spec):
                     self._heads(block, spec.head_dim)
             yield Measurement("peak_to_rms", _peak_to_rms(block), "1", block.name, predicted=before)
-
-    def measure(self, spec: ModelSpec, artifact: Checkpoint) -> Iterator[Measurement]:
-        """Claimed bytes beside stored ones."""
-        yield from check_claim(self.plan(spec), artifact)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The hyper-parameters as a recipe file holds them."""
-        return {"method": self.name, **asdict(self)}
 
     def _turns_residual(self, spec: ModelSpec) -> bool:
         return self.residual and not spec.is_tied and is_available(spec.hidden_size)

@@ -82,7 +82,7 @@ class Hqq(GridOptions):
             start = fit(part, grid, self.scale_dtype, name, self.clip, importance)
             found = half_quadratic(part, start, grid, self.norm, self.beta, self.iterations)
             parts.append(_better(part, start, found, grid, self.norm))
-        return _stacked(parts)
+        return QuantizedTensor.stacked(parts)
 
 
 def half_quadratic(
@@ -164,16 +164,3 @@ def _loss(weight: torch.Tensor, made: QuantizedTensor, norm: float) -> torch.Ten
     """sum |W - W'|^p of each group, (rows, groups), W' as it is decoded."""
     decoded = dequantize(made.codes, made.scale, made.zero_point, torch.float32)
     return decoded.sub_(weight).abs_().pow_(norm).reshape(*made.scale.shape, -1).sum(dim=-1)
-
-
-def _stacked(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """Some rows below the others."""
-    zeros = [part.zero_point for part in parts if part.zero_point is not None]
-    coded = [part.coded_scale for part in parts if part.coded_scale is not None]
-    return QuantizedTensor(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        torch.cat(zeros) if zeros else None,
-        parts[0].grid,
-        CodedScale(torch.cat([c.codes for c in coded]), torch.cat([c.unit for c in coded])) if coded else None,
-    )
