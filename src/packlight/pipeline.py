@@ -178,7 +178,7 @@ def fit(
     compress.check_dense(checkpoint)
     method = build({"method": strategy.method})
     cut, note = _windows(checkpoint, yardstick)
-    text = prepare(checkpoint, strategy.calibration, method.passes, method.needs_guide)
+    text = prepare(checkpoint, strategy.calibration, method.reading)
     request = _request(checkpoint) | {"asked": asked, "text": note, "calibration": text.asked()}
     if save.made_earlier(out, request):
         watcher.say(f"{out} was made by the same request: nothing to do")
@@ -199,18 +199,18 @@ def fit(
     else:
         compress.check_modules(checkpoint, least_precision(spec))
         start = partial(watcher.stage, "what every matrix costs on every grid")
-        precision, allocation = weigh(checkpoint, text, budget, machine, start)
+        precision, allocation = weigh(checkpoint, text, budget, machine, method, start)
     watcher.say(f"chose {precision}: {promise(judge(spec, precision, budget, machine))}")
     step = build(step_options(precision, spec, strategy.method))
 
     def measure(packed: Checkpoint, ledger: Ledger) -> None:
         if allocation is not None and not ledger.has("predicted_kl", PACKED):
-            ledger.add(spent(allocation, step.loss_share))
+            ledger.add(spent(allocation))
         _measure_pair(checkpoint, packed, budget, machine, ledger, watcher)
-        predicted = None if allocation is None else allocation.loss * step.loss_share
+        predicted = None if allocation is None else allocation.loss
         _quality_pair(checkpoint, packed, cut, note, ledger, watcher, predicted)
 
-    read = text if step.needs_inputs else None
+    read = None if step.reading is None else text
     rows = _make(checkpoint, step, out, request, layout_of(step.precision), read, measure, watcher)
     return _judged(out, rows, budget)
 
@@ -397,9 +397,9 @@ def _compress(
 
 def _prepare(checkpoint: Checkpoint, step: Step, calibration: CalibrationText | None) -> Prepared | None:
     """The calibration text of a step that reads inputs."""
-    if not step.needs_inputs:
+    if step.reading is None:
         return None
-    return prepare(checkpoint, calibration or CalibrationText(), step.passes, step.needs_guide)
+    return prepare(checkpoint, calibration or CalibrationText(), step.reading)
 
 
 def _text_asked(text: Prepared | None) -> dict[str, Any]:
@@ -414,7 +414,7 @@ def _calibration(step: Step, text: Prepared, work: save.Job, ledger: Ledger, wat
     calibration, row = text.ready(work.partial, tick)
     if not ledger.has(row.name, PACKED):
         ledger.add([row])
-    if not step.needs_guide:
+    if step.reading is None or not step.reading.weighs_tokens:
         return calibration
     start = partial(watcher.stage, "which tokens matter to which matrix")
     return replace(calibration, guide=known_guide(text.checkpoint, calibration, start))

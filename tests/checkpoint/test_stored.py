@@ -128,6 +128,7 @@ def test_what_is_stored_says_what_is_quantized(packed: dict[str, TensorEntry]) -
         (quantized(group(["re:("])), "not a regular expression"),
         (quantized({"targets": ["Linear"]}), "lacks weights or targets"),
         (quantized(group(["Linear"])) | {"dtype": "float64"}, "dtype is float64"),
+        (quantized(group(["Linear"], 4, 48)), "64 columns, on int4-g48-sym, whose group does not divide"),
     ],
 )
 def test_other_kinds_are_refused_by_name(config: dict[str, Any], match: str) -> None:

@@ -70,7 +70,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(checkpoint: Checkpoint, tmp_p
     found = {}
     for on_disk in (False, True):
         work = tmp_path / str(on_disk)
-        text = prepare(checkpoint, CalibrationText(windows=5, window=32, on_disk=on_disk), 3.5)
+        text = prepare(checkpoint, CalibrationText(windows=5, window=32, on_disk=on_disk))
         assert text.size.on_disk is on_disk
         calibration, _ = text.ready(work, quiet)
         found[on_disk] = blocks_of(checkpoint, calibration, work / "blocks")
@@ -81,7 +81,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(checkpoint: Checkpoint, tmp_p
 
 
 def test_what_an_earlier_job_left_on_disk_does_not_matter(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    text = prepare(checkpoint, CalibrationText(windows=3, window=32, on_disk=True), 3.5)
+    text = prepare(checkpoint, CalibrationText(windows=3, window=32, on_disk=True))
     wanted = blocks_of(checkpoint, text.ready(tmp_path / "a", quiet)[0], tmp_path / "a" / "blocks")
     calibration, _ = text.ready(tmp_path / "b", quiet)
     for name in ("inputs", "exact", "targets"):
@@ -93,22 +93,22 @@ def test_hidden_states_go_to_disk_where_memory_is_short(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = CalibrationText(windows=4, window=32)
-    needed = stream_bytes(checkpoint.spec, prepare(checkpoint, asked, 1.0).size)
+    needed = stream_bytes(checkpoint.spec, prepare(checkpoint, asked).size)
     for share, wanted in ((0.9, True), (1.1, False)):
         free = int(needed * share / under_test.SHARE_OF_FREE_RAM)
         monkeypatch.setattr(under_test, "free_ram_bytes", lambda free=free: free)
-        assert prepare(checkpoint, asked, 1.0).size.on_disk is wanted
+        assert prepare(checkpoint, asked).size.on_disk is wanted
     monkeypatch.setattr(under_test, "free_ram_bytes", lambda: 0)
-    assert not prepare(checkpoint, CalibrationText(windows=4, window=32, on_disk=False), 1.0).size.on_disk
+    assert not prepare(checkpoint, CalibrationText(windows=4, window=32, on_disk=False)).size.on_disk
 
 
 def test_where_hidden_states_are_is_no_part_of_the_request(checkpoint: Checkpoint) -> None:
-    asked = [prepare(checkpoint, CalibrationText(windows=4, on_disk=on_disk), 1.0).asked() for on_disk in (True, False)]
+    asked = [prepare(checkpoint, CalibrationText(windows=4, on_disk=on_disk)).asked() for on_disk in (True, False)]
     assert asked[0] == asked[1]
 
 
 def made_up(checkpoint: Checkpoint) -> Prepared:
-    return prepare(checkpoint, CalibrationText("self", windows=3, window=20), 1.0)
+    return prepare(checkpoint, CalibrationText("self", windows=3, window=20))
 
 
 def test_text_that_the_model_makes_up(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_the_row_of_evidence_names_the_text_and_its_tokens(kind: str, checkpoint
     file = tmp_path / "mine.txt"
     file.write_text("It was the best of times, it was the worst of times. " * 20)
     data = {"bundled": None, "file": file, "self": "self"}[kind]
-    text = prepare(checkpoint, CalibrationText(data, windows=3, window=32), 1.0)
+    text = prepare(checkpoint, CalibrationText(data, windows=3, window=32))
     (tmp_path / "work").mkdir()
     calibration, row = text.ready(tmp_path / "work", quiet)
     digest = hashlib.sha256(json.dumps(calibration.windows).encode()).hexdigest()
@@ -166,19 +166,19 @@ def test_the_row_of_evidence_names_the_text_and_its_tokens(kind: str, checkpoint
 def test_a_text_shorter_than_one_window(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(TextError, match="less than one window of 32"):
-        prepare(checkpoint, CalibrationText(tmp_path / "short.txt", windows=3, window=32), 1.0)
+        prepare(checkpoint, CalibrationText(tmp_path / "short.txt", windows=3, window=32))
 
 
 def test_a_text_of_fewer_windows_than_were_asked_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("a" * 100)
-    text = prepare(checkpoint, CalibrationText(tmp_path / "some.txt", windows=9, window=32), 1.0)
+    text = prepare(checkpoint, CalibrationText(tmp_path / "some.txt", windows=9, window=32))
     assert text.windows is not None and len(text.windows) == text.size.windows == text.asked()["windows"] == 3
 
 
 def test_windows_are_no_longer_than_the_models_context(checkpoint: Checkpoint) -> None:
     longest = checkpoint.spec.max_context
     for data in (None, "self"):
-        text = prepare(checkpoint, CalibrationText(data, windows=2, window=10 * longest), 1.0)  # type: ignore[arg-type]
+        text = prepare(checkpoint, CalibrationText(data, windows=2, window=10 * longest))  # type: ignore[arg-type]
         assert text.size.window == longest
         assert text.windows is None or [len(window) for window in text.windows] == [longest, longest]
 

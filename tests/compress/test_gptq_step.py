@@ -19,6 +19,7 @@ from packlight.checkpoint.packed import read_quantized
 from packlight.checkpoint.shards import SINGLE_NAME
 from packlight.checkpoint.tensors import read_tensor
 from packlight.compress import run as compress
+from packlight.compress.quantize import gptq as under_test
 from packlight.compress.quantize.gptq import Gptq
 from packlight.compress.quantize.rtn import Rtn
 from packlight.compress.step import Step
@@ -55,7 +56,7 @@ class Layer:
 
 
 def first_layer(step: Step, checkpoint: Checkpoint, calibration: Calibration, place: int = 0) -> Layer:
-    """Apply a step up to the layer `place`."""
+    """Apply a step up to the layer `place`; -1 is the embedding."""
     current: list[Block] = []
 
     def tracked(blocks: Iterable[Block]) -> Iterator[Block]:
@@ -183,7 +184,7 @@ def test_every_option_runs_and_matters(
     layers = []
     for options in (base, base | change):
         step = Gptq(3, symmetric=False, **options)
-        layer = first_layer(step, checkpoint, guided if step.needs_guide else Calibration(WINDOWS))
+        layer = first_layer(step, checkpoint, guided if step.reading.weighs_tokens else Calibration(WINDOWS))
         layers.append(layer)
         for name, weight in layer.packed.items():
             assert torch.equal(weight.dequantize().float(), layer.tensors[name])
@@ -260,7 +261,7 @@ def drive(step: Step, checkpoint: Checkpoint, work: Path, calibration: Calibrati
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_ends_of_an_untied_model_are_rounded_to_nearest(bits: int, untied: Checkpoint, tmp_path: Path) -> None:
-    """No second moments are gathered for embedding and head: they are as `rtn` with the same clipping leaves them."""
+    """Without a guide nothing is known of what passes there: they are as `rtn` with the same clipping leaves them."""
     calibration = Calibration(WINDOWS)
     step = Gptq(4, 32, symmetric=False, embeddings=bits, guided=False)
     stored = drive(step, untied, tmp_path / "gptq", calibration)
@@ -271,6 +272,25 @@ def test_the_ends_of_an_untied_model_are_rounded_to_nearest(bits: int, untied: C
     assert all(torch.equal(stored[name], nearest[name]) for name in ends)
     inner = [name for name in stored if name.endswith("proj.weight_packed")]
     assert inner and all(not torch.equal(stored[name], nearest[name]) for name in inner)
+
+
+def test_the_ends_err_less_in_the_moments_of_a_guide(
+    untied: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows are rounded at once."""
+    calibration = weighted(untied, tmp_path / "guide.safetensors")
+    assert calibration.guide is not None
+    found = []
+    for rows in (8192, 100):
+        monkeypatch.setattr(under_test, "END_ROWS", rows)
+        layer = first_layer(Gptq(3, 32, symmetric=False, embeddings=3), untied, calibration, place=-1)
+        found.append(layer.packed["model.embed_tokens.weight"])
+    assert torch.equal(found[0].codes, found[1].codes)
+    weight = read_tensor(untied.index["model.embed_tokens.weight"])
+    moment = calibration.guide.ends["model.embed_tokens.weight"]
+    nearest = quantize(weight, found[0].grid, torch.bfloat16, clip="mse")
+    mine, theirs = (output_error(weight, made.dequantize(), moment) for made in (found[0], nearest))
+    assert mine < 0.8 * theirs
 
 
 def test_a_matrix_that_is_left_alone_is_stored_as_it_was(checkpoint: Checkpoint) -> None:

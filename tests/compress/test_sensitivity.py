@@ -13,7 +13,7 @@ from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.compress import sensitivity as under_test
 from packlight.compress.calibration import CalibrationText, prepare
 from packlight.compress.sensitivity import known_losses, sensitivity
-from packlight.compress.sweep import Sweep, guide, num_sweeps, read_guide
+from packlight.compress.sweep import SEED, Sweep, draw, guide, num_sweeps, read_guide
 from packlight.compress.walk import Calibration
 from packlight.ops.grid import quantize
 from packlight.runtime.load import load_model
@@ -105,12 +105,12 @@ def test_a_guide_says_how_much_each_token_matters(
     ticks: list[int] = []
     guide(checkpoint, calibration, tmp_path / "a", lambda: ticks.append(1))
     assert len(ticks) == num_sweeps(len(calibration.windows)) * (2 * checkpoint.spec.num_layers + 1)
-    found = read_guide(tmp_path / "a")
+    found = read_guide(tmp_path / "a").tokens
     blocks = {f"model.layers.{place}" for place in range(checkpoint.spec.num_layers)}
     assert found.keys() == {tensor.name for tensor in checkpoint.spec.quantizable} | blocks
     assert all(weights.shape == (12, 64) and bool((weights >= 0).all()) for weights in found.values())
     guide(checkpoint, replace(calibration, batch=3), tmp_path / "b", lambda: None)
-    other = read_guide(tmp_path / "b")
+    other = read_guide(tmp_path / "b").tokens
     for name, weights in found.items():
         torch.testing.assert_close(other[name], weights, rtol=1e-2, atol=1e-6)
 
@@ -119,9 +119,46 @@ def test_the_second_time_comes_from_the_cache(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
-    text = prepare(checkpoint, CalibrationText(windows=3, window=32), 1.0)
+    text = prepare(checkpoint, CalibrationText(windows=3, window=32))
     first = known_losses(checkpoint, text, GRIDS, GRIDS, "bfloat16", lambda stages: lambda: None)
     monkeypatch.setattr(under_test, "sensitivity", lambda *arguments, **options: pytest.fail("done again"))
     assert known_losses(checkpoint, text, GRIDS, GRIDS, "bfloat16", lambda stages: lambda: None) == first
     with pytest.raises(pytest.fail.Exception, match="done again"):
         known_losses(checkpoint, text, GRIDS[:1], GRIDS, "bfloat16", lambda stages: lambda: None)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_guide_has_the_second_moments_of_the_two_ends(
+    is_tied: bool, calibration: Calibration, tmp_path: Path
+) -> None:
+    """Against one pass of the whole model: what enters the head by how open each prediction is, and the gradients of
+    the same labels at the looked-up rows."""
+    checkpoint = open_checkpoint(save_llama(tmp_path / "model", tie_word_embeddings=is_tied))
+    # The row of the padding token is zero, where a norm's gradient is boundless.
+    calibration = Calibration([[token or 1 for token in window] for window in calibration.windows[:8]], batch=5)
+    guide(checkpoint, calibration, tmp_path / "guide", lambda: None)
+    ends = read_guide(tmp_path / "guide").ends
+    assert ends.keys() == {"model.embed_tokens.weight"} | (set() if is_tied else {"lm_head.weight"})
+    model = load_model(checkpoint).float()
+    entered: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: entered.append(args[0].detach()))
+    rows = model.get_input_embeddings()(torch.tensor(calibration.windows)).detach().requires_grad_()
+    log_p = torch.log_softmax(model(inputs_embeds=rows, use_cache=False).logits, dim=-1)
+    x, p = entered[0].reshape(-1, entered[0].shape[-1]), log_p.detach().exp().reshape(-1, log_p.shape[-1])
+    head = x.T @ (x * (1 - p.square().sum(dim=-1, keepdim=True)))
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = torch.stack([draw(window.exp(), generator) for window in log_p.detach()])
+    (gradient,) = torch.autograd.grad(log_p.gather(-1, drawn).sum(), rows)
+    looked_up = gradient.reshape(-1, gradient.shape[-1])
+    wanted = {"model.embed_tokens.weight": looked_up.T @ looked_up + (head if is_tied else 0), "lm_head.weight": head}
+    for name, moment in ends.items():
+        torch.testing.assert_close(moment, wanted[name], rtol=1e-3, atol=1e-3 * float(moment.abs().max()))
+
+
+def test_labels_are_drawn_as_often_as_they_are_likely() -> None:
+    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    labels = draw(p.expand(20_000, 6), torch.Generator().manual_seed(0))
+    assert labels.shape == (20_000, 1)
+    often = labels.reshape(-1).bincount(minlength=6) / 20_000
+    torch.testing.assert_close(often, p, atol=0.02, rtol=0)
+    assert bool((often[p == 0] == 0).all())

@@ -46,9 +46,8 @@ def refuse_to_open(*arguments: Any, **options: Any) -> Any:
 
 
 def drive(step: Step, checkpoint: Checkpoint, work: Path, result: WalkResult) -> Iterator[Measurement]:
-    calibration = Calibration(WINDOWS) if step.needs_inputs else None
-    if step.needs_guide:
-        assert calibration is not None
+    calibration = None if step.reading is None else Calibration(WINDOWS, keeps_targets=step.reading.keeps_targets)
+    if calibration is not None and step.reading is not None and step.reading.weighs_tokens:
         file = work.with_suffix(".guide")
         guide(checkpoint, calibration, file, lambda: None)
         calibration = dataclasses.replace(calibration, guide=read_guide(file))

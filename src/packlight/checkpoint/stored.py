@@ -71,8 +71,25 @@ def stored_precision(
         index: the stored tensors, which tell what is quantized; without it, the config's targets do.
 
     Raises:
-        CheckpointError: another quantization method, format or strategy than packlight reads.
+        CheckpointError: another quantization method, format or strategy than packlight reads, or a group that divides
+            no row of a tensor.
     """
+    found = _said_precision(config, tensors, index)
+    if found is None:
+        return None
+    for tensor in tensors:
+        grid = found.grid_of(tensor)
+        if grid is not None and not grid.fits(tensor.shape[-1]):
+            raise CheckpointError(
+                f"the config's quantization_config puts {tensor.name}, whose rows have {tensor.shape[-1]} columns, on "
+                f"{grid}, whose group does not divide them; give the model's own config.json"
+            )
+    return found
+
+
+def _said_precision(
+    config: Mapping[str, Any], tensors: Sequence[TensorSpec], index: Mapping[str, TensorEntry] | None
+) -> Precision | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None

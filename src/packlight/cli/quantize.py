@@ -95,7 +95,7 @@ def quantize(
     step = build({"method": method, **given, **_parsed(option or [])})
     text = CalibrationText(parse_data(data), windows, window)
     with progress(quiet) as shown:
-        if not step.needs_inputs:
+        if step.reading is None:
             _refuse_typed(typed, method, ("windows", "window"))
             if data is not None:
                 load_text(Path(data))

@@ -19,7 +19,7 @@ from packlight.errors import UsageError
 from packlight.evidence import Measurement
 from packlight.measure.bandwidth import free_ram_bytes
 from packlight.measure.text import calibration_text, load_text, windows
-from packlight.plan.memory import CalibrationSize, stream_bytes
+from packlight.plan.memory import CalibrationSize, Reading, stream_bytes
 from packlight.runtime.generate import sample_windows
 from packlight.runtime.load import load_model, load_tokenizer
 
@@ -100,14 +100,15 @@ class Prepared:
             "packed",
             note=f"{self.note}; sha256 of the token ids {digest}",
         )
-        return Calibration(cut, spill=work / "activations" if self.size.on_disk else None), row
+        spill = work / "activations" if self.size.on_disk else None
+        return Calibration(cut, spill=spill, keeps_targets=self.size.reading.keeps_targets), row
 
 
-def prepare(checkpoint: Checkpoint, asked: CalibrationText, passes: float, is_swept: bool = False) -> Prepared:
+def prepare(checkpoint: Checkpoint, asked: CalibrationText, reading: Reading | None = None) -> Prepared:
     """Read and cut the text, and decide where hidden states are kept.
 
     Args:
-        passes, is_swept: `Step.passes` and `Step.needs_guide`, for the job's plan.
+        reading: what the step asks of it; None for a sweep alone.
 
     Raises:
         TextError: the text cannot be read, or is shorter than one window.
@@ -122,7 +123,7 @@ def prepare(checkpoint: Checkpoint, asked: CalibrationText, passes: float, is_sw
         cut = windows(ids, window, asked.windows * window)
         name, sha256 = text.name, text.sha256
     count = asked.windows if cut is None else len(cut)
-    size = CalibrationSize(count, window, bool(asked.on_disk), passes, is_swept)
+    size = CalibrationSize(count, window, reading or Reading(), bool(asked.on_disk))
     if asked.on_disk is None and stream_bytes(spec, size) > SHARE_OF_FREE_RAM * free_ram_bytes():
         size = replace(size, on_disk=True)
     return Prepared(checkpoint, name, sha256, cut, size)

@@ -8,7 +8,8 @@ from typing import Any
 from packlight.checkpoint.open import Checkpoint
 from packlight.compress.calibration import Prepared
 from packlight.compress.registry import build
-from packlight.compress.sensitivity import known_losses
+from packlight.compress.sensitivity import Losses, known_losses
+from packlight.compress.step import Step
 from packlight.errors import BudgetError
 from packlight.evidence import Measurement
 from packlight.plan.allocate import END_GRIDS, INNER_GRIDS, Allocation, allocate_within, least_precision
@@ -47,11 +48,13 @@ def weigh(
     text: Prepared,
     budget: Budget,
     machine: Hardware,
+    method: Step,
     start: Callable[[int], Callable[[], None]],
 ) -> tuple[Precision, Allocation]:
     """A grid for every matrix, by what each costs on each.
 
     Args:
+        method: what is to round them.
         start: called with the number of stages, unless the costs are known from an earlier run; returns their `tick`.
 
     Raises:
@@ -59,19 +62,25 @@ def weigh(
     """
     spec = checkpoint.spec
     losses = known_losses(checkpoint, text, INNER_GRIDS, END_GRIDS, QUANTIZED_DTYPE, start)
-    found = allocate_within(spec, losses, budget, machine, QUANTIZED_DTYPE)
+    found = allocate_within(spec, lessened(losses, method, spec), budget, machine, QUANTIZED_DTYPE)
     if found is None:
         raise BudgetError(_too_little(judge(spec, least_precision(spec), budget, machine), budget))
     return Precision.of(QUANTIZED_DTYPE, found.grids, spec.tensors), found
 
 
-def spent(allocation: Allocation, share: float) -> Iterator[Measurement]:
+def lessened(losses: Losses, method: Step, spec: ModelSpec) -> Losses:
+    """What matrices cost after a method, from what they cost after rounding to nearest."""
+    shares = {tensor.name: method.loss_share(tensor.is_end) for tensor in spec.tensors}
+    return {name: {grid: loss * shares[name] for grid, loss in by.items()} for name, by in losses.items()}
+
+
+def spent(allocation: Allocation) -> Iterator[Measurement]:
     """What was bought with which bytes: a row for every matrix, and their sum."""
     for name, option in allocation.chosen.items():
         note = f"{option.grid}, {option.nbytes} bytes in memory"
-        yield Measurement("predicted_kl", option.loss * share, "nats", name, note=note)
+        yield Measurement("predicted_kl", option.loss, "nats", name, note=note)
     note = f"the sum of {len(allocation.chosen)} matrices, {allocation.nbytes} bytes in memory"
-    yield Measurement("predicted_kl", allocation.loss * share, "nats", "packed", note=note)
+    yield Measurement("predicted_kl", allocation.loss, "nats", "packed", note=note)
 
 
 def step_options(precision: Precision, spec: ModelSpec, method: str = "rtn") -> dict[str, Any]:

@@ -79,8 +79,11 @@ def run(
 
     `result` receives the proof logits when the iterator is exhausted.
     """
-    assert (calibration is not None) == step.needs_inputs, "calibration is there where a step reads inputs"
-    assert not step.needs_guide or (calibration is not None and calibration.guide is not None), "tokens are weighted"
+    reading = step.reading
+    assert (calibration is None) == (reading is None), "calibration is there where a step reads text"
+    if calibration is not None and reading is not None:
+        assert calibration.guide is not None or not reading.weighs_tokens
+        assert calibration.keeps_targets or not reading.keeps_targets
     work.mkdir(parents=True, exist_ok=True)
     model = check_modules(checkpoint, step.precision)
     rows: dict[int, Measurement] = {}

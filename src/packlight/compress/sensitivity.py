@@ -45,7 +45,7 @@ HEAD_POSITIONS = 32
 """Positions of each window on which a rounded head is compared with the exact one."""
 WINDOWS = 8
 """Windows of calibration text that `known_losses` looks at."""
-VERSION = 1
+VERSION = 3
 """Of this estimate; part of the cache's key."""
 LOSSES_NAME = "losses.json"
 
@@ -98,7 +98,7 @@ def sensitivity(
     entered = sweep.head()
     kind = "embedding" if checkpoint.spec.is_tied else "head"
     end = next(tensor for tensor in checkpoint.spec.tensors if tensor.kind == kind)
-    found: Losses = {end.name: _head_losses(sweep.parameter(end.name), entered, end_grids, scale_dtype)}
+    found: Losses = {end.name: _head_losses(sweep.parameter(end.name), entered, end_grids, scale_dtype, clip)}
     tick()
     for _, names in sweep.back(note, tick):
         for name in names:
@@ -106,7 +106,9 @@ def sensitivity(
                 weight, passed = sweep.parameter(name), seen.pop(name)
                 found[name] = _block_losses(weight, passed, grids, scale_dtype, clip, name)
     embedding = next(tensor for tensor in checkpoint.spec.tensors if tensor.kind == "embedding")
-    looked_up = _embedding_losses(sweep.parameter(embedding.name), sweep.ids, sweep.gradient, end_grids, scale_dtype)
+    looked_up = _embedding_losses(
+        sweep.parameter(embedding.name), sweep.ids, sweep.gradient, end_grids, scale_dtype, clip
+    )
     known = found.setdefault(embedding.name, dict.fromkeys(looked_up, 0.0))
     found[embedding.name] = {grid: known[grid] + loss for grid, loss in looked_up.items()}
     return found
@@ -128,7 +130,7 @@ def known_losses(
     """
     cut = text.windows
     if cut is None:
-        cut = prepare(checkpoint, CalibrationText(None, WINDOWS, text.size.window), 0.0).windows
+        cut = prepare(checkpoint, CalibrationText(None, WINDOWS, text.size.window)).windows
     assert cut is not None
     cut = cut[:WINDOWS]
     asked = [content_hash(checkpoint), cut, [str(grid) for grid in (*grids, *end_grids)], dtype, VERSION]
@@ -146,7 +148,7 @@ def known_losses(
 
 @torch.no_grad()
 def _head_losses(
-    weight: torch.Tensor, entered: torch.Tensor, grids: Sequence[Grid], scale_dtype: torch.dtype
+    weight: torch.Tensor, entered: torch.Tensor, grids: Sequence[Grid], scale_dtype: torch.dtype, clip: Clip
 ) -> dict[str, float]:
     """KL at some positions of `entered`, (windows, tokens, hidden). What an architecture does to its logits afterwards
     is left out of account."""
@@ -156,7 +158,7 @@ def _head_losses(
     losses = {}
     for grid in grids:
         if grid.fits(weight.shape[1]):
-            rounded = quantize(weight, grid, scale_dtype).dequantize(torch.float32)
+            rounded = quantize(weight, grid, scale_dtype, clip=clip).dequantize(torch.float32)
             log_q = torch.log_softmax(hidden @ rounded.T, dim=-1)
             losses[str(grid)] = float((reference.exp() * (reference - log_q)).sum(dim=-1).mean())
     return losses
@@ -179,7 +181,12 @@ def _block_losses(
 
 @torch.no_grad()
 def _embedding_losses(
-    weight: torch.Tensor, ids: torch.Tensor, gradient: torch.Tensor, grids: Sequence[Grid], scale_dtype: torch.dtype
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    gradient: torch.Tensor,
+    grids: Sequence[Grid],
+    scale_dtype: torch.dtype,
+    clip: Clip,
 ) -> dict[str, float]:
     """What rounding the rows that are looked up costs: 1/2 E[(g . error)^2] over the tokens of the text."""
     tokens, place = ids.reshape(-1).unique(return_inverse=True)
@@ -187,6 +194,6 @@ def _embedding_losses(
     losses = {}
     for grid in grids:
         if grid.fits(weight.shape[1]):
-            error = quantize(rows, grid, scale_dtype).dequantize(torch.float32) - rows
+            error = quantize(rows, grid, scale_dtype, clip=clip).dequantize(torch.float32) - rows
             losses[str(grid)] = 0.5 * float((error[place] * flat).sum(dim=-1).square().mean())
     return losses

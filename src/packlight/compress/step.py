@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 from packlight.checkpoint.open import Checkpoint
 from packlight.compress.walk import Block
 from packlight.evidence import Measurement
-from packlight.plan.memory import CalibrationSize, disk_bytes, job_plan
+from packlight.plan.memory import CalibrationSize, Reading, disk_bytes, job_plan
 from packlight.spec import ModelSpec, Precision
 
 
@@ -40,26 +40,21 @@ class Step(Protocol):
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
     breaks: ClassVar[frozenset[str]]
-    needs_inputs: ClassVar[bool]
-    """Whether `apply_` reads `Block.activations`; if not, no calibration text is pushed through the model."""
-
-    loss_share: ClassVar[float]
-    """What is left of the loss of rounding to nearest, about; 1 for a method that is no better."""
 
     @property
-    def needs_guide(self) -> bool:
-        """Whether `Calibration.guide` is to be there: how much each token matters to each matrix."""
-        ...
-
-    @property
-    def passes(self) -> float:
-        """Forward passes of a block over the calibration text, the walk's own two included; a backward pass counts as
-        two. Not read where `needs_inputs` is False."""
+    def reading(self) -> Reading | None:
+        """What `apply_` asks of a calibration text; None for a step that does without, and that finds no
+        `Block.activations`."""
         ...
 
     @property
     def precision(self) -> Precision:
         """How the result stores its weights."""
+        ...
+
+    def loss_share(self, is_end: bool) -> float:
+        """What is left of the loss of rounding to nearest, about, in embedding and head and inside the blocks; 1 for a
+        method that is no better."""
         ...
 
     def plan(self, spec: ModelSpec, calibration: CalibrationSize | None = None) -> Claim:
@@ -98,10 +93,7 @@ class DenseStep:
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset({"dense"})
     breaks: ClassVar[frozenset[str]] = frozenset()
-    needs_inputs: ClassVar[bool] = False
-    needs_guide: ClassVar[bool] = False
-    loss_share: ClassVar[float] = 1.0
-    passes: ClassVar[float] = 0.0
+    reading: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         Precision(self.dtype)  # checks the name
@@ -110,6 +102,10 @@ class DenseStep:
     def precision(self) -> Precision:
         """How the result stores its weights."""
         return Precision(self.dtype)
+
+    def loss_share(self, is_end: bool) -> float:
+        """Nothing is put on a grid."""
+        return 1.0
 
     def plan(self, spec: ModelSpec, calibration: CalibrationSize | None = None) -> Claim:
         """Bytes, peak and minutes from shapes alone."""

@@ -7,8 +7,9 @@ A small batch of proof tokens travels along through the changed blocks. Its logi
 that was written, computed from the tensors that were in memory when they were written; the proof on save compares
 every later loading with them.
 
-Calibration windows travel twice: once through the blocks as they were, once through the blocks as they are now. Both
-are computed in float32, whatever the model's dtype, and only their hidden states between two blocks are kept.
+Calibration windows travel through the blocks as they are now, and where a method asks for what should come out, through
+the blocks as they were too. Both are computed in float32, whatever the model's dtype, and only their hidden states
+between two blocks are kept.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Block:
         activations: what enters it and what left it before it was changed; None for a step that reads no inputs, and
             for the two ends.
         model: the shapes of the whole.
+        moments: second moments (cols, cols) for the matrices of the two ends, where a guide has them.
         packed: the matrices that a step has put on a grid so far, keyed by full tensor name.
     """
 
@@ -60,6 +62,7 @@ class Block:
     activations: Activations | None
     model: ModelSpec
     _root: nn.Module
+    moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
     packed: dict[str, QuantizedTensor] = field(default_factory=dict)
 
     def matrices(self) -> Iterator[tuple[str, TensorSpec, torch.Tensor]]:
@@ -101,21 +104,36 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Guide:
+    """What a sweep forward and back says about a text (`compress.sweep.guide`).
+
+    Args:
+        tokens: float32 (windows, tokens) by the name of a matrix or block: how much each token matters there.
+        ends: float32 (hidden, hidden) by the name of embedding and head: the second moments in which an error of one of
+            their rows costs least.
+    """
+
+    tokens: Mapping[str, torch.Tensor]
+    ends: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Text for the methods that look at what passes through a block.
 
     Args:
         windows: token ids, all of one length.
         batch: windows that pass through a block at once.
-        guide: (windows, tokens) by the name of a matrix or block: how much each token matters there
-            (`compress.sweep.guide`); None where all matter alike.
+        guide: which tokens matter where; None where all matter alike.
         spill: directory for the hidden states where they are to be on disk; None keeps them in memory.
+        keeps_targets: whether the windows also travel through the blocks as they were.
     """
 
     windows: list[list[int]]
     batch: int = CALIBRATION_BATCH
-    guide: Mapping[str, torch.Tensor] | None = None
+    guide: Guide | None = None
     spill: Path | None = None
+    keeps_targets: bool = True
 
     def allocate(self, name: str, width: int) -> torch.Tensor:
         """Room for one stream of hidden states, float32 (windows, tokens, width)."""
@@ -133,18 +151,29 @@ class Activations:
 
     Args:
         inputs: what enters the block, come through the changed blocks.
-        exact: what would enter it, had nothing been changed.
-        targets: what the unchanged block makes of `exact`.
+        unchanged: what would enter it, had nothing been changed, and what the unchanged block makes of that; None where
+            the calibration does not keep them.
         calls: how the model calls each of its blocks.
         calibration: the text, and how much its tokens matter.
     """
 
     inputs: torch.Tensor
-    exact: torch.Tensor
-    targets: torch.Tensor
+    unchanged: tuple[torch.Tensor, torch.Tensor] | None
     calls: list[Call]
     calibration: Calibration
     place: int = 0
+
+    @property
+    def exact(self) -> torch.Tensor:
+        """What would enter the block, had nothing been changed."""
+        assert self.unchanged is not None, "Reading.keeps_targets asks for this"
+        return self.unchanged[0]
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """What the unchanged block makes of `exact`."""
+        assert self.unchanged is not None, "Reading.keeps_targets asks for this"
+        return self.unchanged[1]
 
     @property
     def batch(self) -> int:
@@ -166,7 +195,7 @@ class Activations:
         guide = self.calibration.guide
         if guide is None:
             return None
-        roots = [guide[name].sqrt() for name in names]
+        roots = [guide.tokens[name].sqrt() for name in names]
         tiny = torch.finfo(torch.float32).tiny
         return sum((root[windows] / root.mean().clamp(min=tiny) for root in roots), torch.zeros(())) / len(names)
 
@@ -178,16 +207,19 @@ class Activations:
     def enter(self, module: nn.Module, place: int) -> None:
         """Fill `targets`, while the block is still as it was."""
         self.place = place
+        if self.unchanged is None:
+            return
         for part in self.batches():
             self.targets[part] = self.run(module, self.exact[part])
 
     @torch.no_grad()
     def leave(self, module: nn.Module, place: int) -> None:
-        """Go on to the next block: through the changed block, and with its targets as the exact stream."""
+        """Go on to the next block: through the changed block, and with its targets as what would enter."""
         self.place = place
         for part in self.batches():
             self.inputs[part] = self.run(module, self.inputs[part])
-        self.exact, self.targets = self.targets, self.exact
+        if self.unchanged is not None:
+            self.unchanged = self.unchanged[::-1]
 
 
 @dataclass
@@ -227,10 +259,12 @@ def walk(
     calls: list[Call] = []
     hidden = proof
     activations: Activations | None = None
+    ends = {} if calibration is None or calibration.guide is None else calibration.guide.ends
     for index, (name, kind, module, tensors) in enumerate(stages(checkpoint, model, layers)):
         specs = {t.name: t for t in checkpoint.spec.tensors if t.name in set(tensors)}
         at_hand = activations if kind == "layer" else None
-        block = Block(name, index, kind, module, tensors, specs, at_hand, checkpoint.spec, model)
+        moments = {tensor: ends[tensor] for tensor in tensors if tensor in ends}
+        block = Block(name, index, kind, module, tensors, specs, at_hand, checkpoint.spec, model, moments)
         if calibration is not None and kind != "head":
             load_dense_(model, checkpoint, tensors, keep_dtype=True)
             if kind == "embedding":
@@ -354,14 +388,15 @@ def run_block(module: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tens
 
 @torch.no_grad()
 def _embedded(model: PreTrainedModel, layers: nn.ModuleList, calibration: Calibration) -> Activations:
-    """The hidden states that enter the first block, in both streams, and how each block is called."""
+    """The hidden states that enter the first block, and how each block is called."""
     model.tie_weights()
     calls = record_calls(model, layers, torch.tensor(calibration.windows[:1]))
     width = calls[0].hidden_states.shape[-1]
-    inputs, exact, targets = (calibration.allocate(name, width) for name in ("inputs", "exact", "targets"))
-    made = Activations(inputs, exact, targets, [call.in_float32() for call in calls], calibration)
-    made.exact = _embed(model, layers, calibration, made.exact)
-    made.inputs.copy_(made.exact)
+    inputs = calibration.allocate("inputs", width)
+    made = Activations(inputs, None, [call.in_float32() for call in calls], calibration)
+    if calibration.keeps_targets:
+        exact = _embed(model, layers, calibration, calibration.allocate("exact", width))
+        made.unchanged = exact, calibration.allocate("targets", width)
     return made
 
 

@@ -87,21 +87,35 @@ class JobRates:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What a method asks of a calibration text.
+
+    Args:
+        passes: forward passes of every block over the whole text, the walk's own included; one back to the inputs
+            counts as one.
+        weighs_tokens: whether a sweep forward and back over the text comes before the first block.
+        keeps_targets: whether the text also passes through the blocks as they were, for what should come out.
+    """
+
+    passes: float = 1.0
+    weighs_tokens: bool = False
+    keeps_targets: bool = False
+
+
+@dataclass(frozen=True)
 class CalibrationSize:
     """The text that passes through the blocks while they are compressed.
 
     Args:
         windows, window: how many windows of how many tokens.
+        reading: what is done with it.
         on_disk: whether the hidden states between two blocks are kept on disk.
-        is_swept: whether a sweep forward and back over the text comes before the first block.
-        passes: forward passes of every block over the whole text; a backward pass counts as two.
     """
 
     windows: int
     window: int
+    reading: Reading = Reading()
     on_disk: bool = False
-    passes: float = 2.0
-    is_swept: bool = False
 
     @property
     def tokens(self) -> int:
@@ -196,8 +210,9 @@ def runtime_bytes(spec: ModelSpec, precision: Precision, budget: Budget) -> Memo
 
 
 def stream_bytes(spec: ModelSpec, calibration: CalibrationSize) -> int:
-    """Bytes of the hidden states that a calibrated walk keeps between two blocks: three streams in float32."""
-    return 3 * 4 * calibration.tokens * spec.hidden_size
+    """Bytes of the hidden states that a calibrated walk keeps between two blocks, in float32: one stream, and two more
+    where what should come out is kept."""
+    return (3 if calibration.reading.keeps_targets else 1) * 4 * calibration.tokens * spec.hidden_size
 
 
 def job_plan(
@@ -225,9 +240,9 @@ def job_plan(
     matrices = [tensor for tensor in spec.tensors if tensor.kind in ("linear", "expert")]
     per_token = sum(2 * tensor.numel for tensor in matrices)
     squares = sum(matrix_shape(tensor)[2] ** 2 for tensor in matrices)  # 2 cols^2 each, and two matrices share an input
-    seconds += calibration.tokens * (calibration.passes * per_token + squares) / rates.flops_per_s
-    peaks = [_walk_peak(spec, precision, calibration), _sweep_peak(spec, calibration) if calibration.is_swept else 0]
-    return JobPlan(max(peaks), seconds / 60)
+    seconds += calibration.tokens * (calibration.reading.passes * per_token + squares) / rates.flops_per_s
+    sweep = _sweep_peak(spec, calibration) if calibration.reading.weighs_tokens else 0
+    return JobPlan(max(_walk_peak(spec, precision, calibration), sweep), seconds / 60)
 
 
 def _walk_peak(spec: ModelSpec, precision: Precision, calibration: CalibrationSize) -> int:

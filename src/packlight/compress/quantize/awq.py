@@ -30,6 +30,7 @@ from packlight.errors import UsageError
 from packlight.evidence import Measurement
 from packlight.ops.gptq import output_error
 from packlight.ops.grid import Clip, quantize
+from packlight.plan.memory import Reading
 from packlight.spec import Grid
 
 TOLERANCE = 1e-4
@@ -59,9 +60,6 @@ class Awq(GridOptions):
     guided: bool = True
 
     name: ClassVar[str] = "awq"
-    needs_inputs: ClassVar[bool] = True
-    loss_share: ClassVar[float] = 1.0
-    """A cautious bound: what is left of the loss has not been measured on more than one model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,15 +68,11 @@ class Awq(GridOptions):
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @property
-    def passes(self) -> float:
-        """Two of the walk, one for the mean inputs, one and a half to round each group of matrices after those before
-        it; the search in some windows, for four groups; twice forward and once back to weight tokens."""
-        return 2 + 1 + 1.5 + 4 * self.exponents / self.sample + (4 if self.guided else 0)
-
-    @property
-    def needs_guide(self) -> bool:
-        """Whether tokens are weighted."""
-        return self.guided
+    def reading(self) -> Reading:
+        """One pass on to the next block, one for the mean inputs, one and a half to round each group of matrices after
+        those before it; the search in some windows, for four groups; twice forward and once back to weight tokens."""
+        search = 4 * self.exponents / self.sample
+        return Reading(1 + 1 + 1.5 + search + (3 if self.guided else 0), weighs_tokens=self.guided)
 
     def apply_(self, blocks: Iterable[Block]) -> Iterator[Measurement]:
         """Matrices inside the blocks by AWQ, embedding and head to nearest; one row per block."""

@@ -32,6 +32,7 @@ from packlight.compress.walk import Activations, Block
 from packlight.errors import UsageError
 from packlight.evidence import Measurement
 from packlight.ops.grid import CodedScale, QuantizedTensor, round_to_dtype
+from packlight.plan.memory import Reading
 from packlight.spec import Grid
 
 HELD_OUT = 8
@@ -65,9 +66,11 @@ class Learned(Gptq):
                 raise UsageError(f"{name} is above 0 and below 1, not {getattr(self, name)}")
 
     @property
-    def passes(self) -> float:
-        """GPTQ's, and forward and backward for every epoch."""
-        return super().passes + 3 * self.epochs
+    def reading(self) -> Reading:
+        """GPTQ's and one for the targets, and for every epoch one forward and one back, to inputs and weights."""
+        gptq = super().reading
+        passes = gptq.passes + (not gptq.keeps_targets) + 3 * self.epochs
+        return replace(gptq, passes=passes, keeps_targets=True)
 
     def _solve(self, block: Block, originals: dict[str, torch.Tensor]) -> Measurement:
         rounded = super()._solve(block, originals)

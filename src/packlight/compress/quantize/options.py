@@ -17,7 +17,7 @@ from packlight.compress.walk import Block
 from packlight.errors import UsageError
 from packlight.evidence import Measurement
 from packlight.ops.grid import Clip, QuantizedTensor, quantize, squared_error, squared_norm
-from packlight.plan.memory import CalibrationSize
+from packlight.plan.memory import CalibrationSize, Reading
 from packlight.spec import Grid, ModelSpec, Precision
 
 
@@ -51,8 +51,6 @@ class GridOptions:
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset({"dense"})
     breaks: ClassVar[frozenset[str]] = frozenset({"dense"})
-    needs_inputs: ClassVar[bool] = False
-    loss_share: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if self.clip not in get_args(Clip):
@@ -78,14 +76,13 @@ class GridOptions:
         return found
 
     @property
-    def needs_guide(self) -> bool:
-        """No token is looked at."""
-        return False
+    def reading(self) -> Reading | None:
+        """No text is read."""
+        return None
 
-    @property
-    def passes(self) -> float:
-        """None where no inputs are read."""
-        return 0.0
+    def loss_share(self, is_end: bool) -> float:
+        """All of it."""
+        return 1.0
 
     def plan(self, spec: ModelSpec, calibration: CalibrationSize | None = None) -> Claim:
         """Bytes, peak and minutes from shapes alone. Raises UsageError where a group divides no row of the model, and
