@@ -141,7 +141,7 @@ class Bench:
 
     def sizes(self, sizes: list[float], learned_below: float, peers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Files of given sizes in MB: a grid for every matrix, beside the best uniform recipe and the peers."""
-        claims = []
+        claims, found = [], []
         self.rows += peer_rows(peers)
         for size in sizes:
             made = self.measure(Subject(f"allocated {size:g} MB", self.allocated(size * 1e6, "gptq")))
@@ -152,6 +152,7 @@ class Bench:
                 learned = self.measure(Subject(f"learned {size:g} MB", self.allocated(size * 1e6, "learned")))
                 claims.append(lower(f"learned below gptq at {size:g} MB", learned, made))
                 made = min(made, learned, key=lambda row: row["kl"])
+            found.append(made)
             rivals = [r for r in peers if r["kl"] is not None and not r["format"].startswith(OWN_GRID)]
             smaller = [row for row in rivals if row["bytes"] <= 1.001 * size * 1e6]
             if smaller:
@@ -162,6 +163,12 @@ class Bench:
                 least = min(files, key=lambda row: row["bytes"])
                 what = f"llama.cpp's smallest file, {least['format']} at {least['bytes'] / 1e6:.1f} MB"
                 claims.append(lower(f"{size:g} MB below {what}", made, least))
+        for rival in peers:
+            no_larger = [row for row in found if rival["kl"] is not None and row["bytes"] <= rival["bytes"]]
+            if no_larger and not rival["peer"].startswith("llama.cpp"):
+                best = min(no_larger, key=lambda row: row["kl"])
+                what = f"{rival['peer'].partition(' ')[0]} {rival['format']}"
+                claims.append(lower(f"{best['bytes'] / 1e6:.1f} MB below {what}", best, rival))
         return claims
 
     def allocated(self, most: float, method: str) -> dict[str, Any]:

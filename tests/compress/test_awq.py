@@ -252,12 +252,11 @@ def test_without_an_exponent_above_zero_nothing_is_scaled(model_of: Callable[[st
     assert errors(one, model) == errors(other, model)
 
 
-def test_a_tensor_without_a_grid_is_scaled_with_its_group(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_tensor_without_a_grid_is_scaled_with_its_group(salient: Path, tmp_path: Path) -> None:
     name, norm = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight"
-    original = open_checkpoint(model_of("llama"))
-    made = make_artifact(
-        original.path, tmp_path / "out", method="awq", dtype="float32", bits=3, guided=False, grids=[[name, None]]
-    )
+    original = open_checkpoint(salient)
+    options = {"dtype": "float32", "bits": 3, "guided": False, "grids": [[name, None]]}
+    made = make_artifact(salient, tmp_path / "out", method="awq", **options)
     artifact = open_checkpoint(made)
     scale = read_tensor(original.index[norm]) / read_tensor(artifact.index[norm])
     assert not torch.equal(scale, torch.ones_like(scale))
