@@ -382,7 +382,9 @@ def _compress(
     # Without calibration nothing large is allocated but weights; with it, mapping every block of memory takes too long.
     with weights_apart() if calibration is None else nullcontext():
         for row in compress.run(step, checkpoint, work.blocks, layout, ids, calibration, result):
-            ledger.add([row])
+            # A job that was cut short while a block was written did that block again, to the same row.
+            if not ledger.has(row.name, row.subject):
+                ledger.add([row])
             tick()
     stored = tensor_layout(checkpoint.spec, step.precision, layout)
     config = save.artifact_config(checkpoint.config, checkpoint.spec, step.precision, layout)

@@ -44,3 +44,22 @@ def test_listing_the_methods_imports_none() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"method": "gptq", "guided": "x"}, "guided of gptq is true or false, not 'x'"),
+        ({"method": "gptq", "act_order": 1}, "act_order of gptq is true or false, not 1"),
+        ({"method": "learned", "epochs": True}, "epochs of learned is a whole number, not True"),
+        ({"method": "rtn", "symmetric": "yes"}, "symmetric of rtn is true or false, not 'yes'"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(options: dict[str, object], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        build(options)
+
+
+def test_what_a_recipe_file_holds_is_of_the_right_types() -> None:
+    given = {"method": "gptq", "damping": 1, "group_size": None, "grids": [["a.weight", None]]}
+    assert build(build(given).to_dict()) == build(given)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 from importlib import import_module
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from packlight.compress.step import Step
 from packlight.errors import UsageError
@@ -32,7 +33,11 @@ def method_class(name: str) -> Any:
 
 
 def build(options: dict[str, Any]) -> Step:
-    """A step from a recipe entry: `method` and its hyper-parameters. Raises UsageError for unknown ones."""
+    """A step from a recipe entry: `method` and its hyper-parameters.
+
+    Raises:
+        UsageError: an unknown one, or one of another type or outside its range.
+    """
     given = dict(options)
     cls = method_class(given.pop("method", None) or "")
     try:
@@ -40,4 +45,34 @@ def build(options: dict[str, Any]) -> Step:
     except TypeError as error:
         allowed = ", ".join(field.name for field in fields(cls))
         raise UsageError(f"{cls.name} does not take these options ({error}): it takes {allowed}") from error
+    hints = get_type_hints(cls)
+    for name, value in given.items():
+        if not _is_a(value, hints[name]):
+            raise UsageError(f"{name} of {cls.name} is {_in_words(hints[name])}, not {value!r}")
     return step
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value that came from JSON or YAML has a field's type; a list may stand for a tuple."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_is_a(value, one) for one in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is tuple:
+        return isinstance(value, list | tuple)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_in_words(one) for one in get_args(hint))
+    if origin is Literal:
+        return " or ".join(get_args(hint))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+    return words.get(hint, "a list")
