@@ -157,3 +157,16 @@ def test_a_matrix_whose_grids_no_allowed_kernel_serves_keeps_its_choice() -> Non
     name = "model.layers.0.mlp.down_proj.weight"
     found = options_for(spec, {name: {"int3-g64-asym": 1.0}}, resident_bytes_of(spec), is_allowed=lambda kernel: False)
     assert [str(option.grid) for option in found[name]] == ["int3-g64-asym"]
+
+
+def test_two_bits_are_a_last_resort() -> None:
+    """They look cheap here, and are taken where nothing else fits, by as few matrices as the sum then asks for."""
+    options = {
+        name: [Option(Grid(2, 32), 0.2, 10), Option(Grid(3, 32), 0.11, 15), Option(Grid(4, 32), 0.0, 20)]
+        for name in ("a", "b")
+    }
+    found = allocate(options, 30)
+    assert found is not None and [option.grid for option in found.chosen.values()] == [Grid(3, 32), Grid(3, 32)]
+    found = allocate(options, 29)
+    assert found is not None and sorted(option.grid.bits for option in found.chosen.values() if option.grid) == [2, 3]
+    assert allocate(options, 19) is None

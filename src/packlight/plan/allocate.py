@@ -22,6 +22,9 @@ from packlight.plan.speed import decode_speed
 from packlight.spec import Budget, Grid, Hardware, ModelSpec, Precision, TensorSpec
 
 GAP = 1e-4
+LAST_RESORT_BITS = 2
+"""Grids of so few bits are considered only where the others do not fit. A second-order estimate of their losses is far
+off: on the demo model at 60 MB, 19 matrices at 2 bits made room for others, and the KL was 0.351 instead of 0.320."""
 TRIES = 10
 INNER_GRIDS = tuple(
     Grid.parse(text)
@@ -150,6 +153,17 @@ def allocate(
         options: by full tensor name, at least one each.
         max_bytes, max_seconds: limits of the sums; None for no limit.
     """
+    without = {
+        name: [option for option in several if option.grid is None or option.grid.bits > LAST_RESORT_BITS] or several
+        for name, several in options.items()
+    }
+    found = _solve(without, max_bytes, max_seconds)
+    return found if found is not None else _solve(options, max_bytes, max_seconds)
+
+
+def _solve(
+    options: Mapping[str, Sequence[Option]], max_bytes: float | None, max_seconds: float | None
+) -> Allocation | None:
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
