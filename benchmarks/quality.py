@@ -28,7 +28,7 @@ from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.compress.calibration import CalibrationText, parse_data, prepare
 from packlight.compress.choice import lessened
 from packlight.compress.registry import build
-from packlight.compress.sensitivity import known_losses
+from packlight.compress.sensitivity import Losses, known_losses
 from packlight.evidence import Measurement
 from packlight.measure.bandwidth import hardware
 from packlight.measure.quality import Reference, evaluate, evaluate_reference
@@ -174,9 +174,7 @@ class Bench:
     def allocated(self, most: float, method: str) -> dict[str, Any]:
         """The step that fills `most` bytes on disk."""
         spec = self.checkpoint.spec
-        text = prepare(self.checkpoint, self.calibration)
-        losses = known_losses(self.checkpoint, text, DISK_GRIDS, END_GRIDS, "bfloat16", lambda stages: lambda: None)
-        options = options_for(spec, lessened(losses, build({"method": method}), spec), stored_bytes)
+        options = options_for(spec, self.losses(method), stored_bytes)
         alone = sum(stored_bytes(t, Precision()) for t in spec.tensors if t.name not in options)
         room = most - alone
         while True:
@@ -189,19 +187,23 @@ class Bench:
                 return pipeline.step_options(precision, spec, method)
             room -= excess  # the header
 
+    def losses(self, method: str) -> Losses:
+        """What every matrix is expected to cost on every grid when a method has rounded it."""
+        text = prepare(self.checkpoint, self.calibration)
+        nearest = known_losses(self.checkpoint, text, DISK_GRIDS, END_GRIDS, "bfloat16", lambda stages: lambda: None)
+        return lessened(nearest, build({"method": method}), self.checkpoint.spec)
+
     def uniform(self, most: float) -> dict[str, float] | None:
         """The best of the uniform recipes that take no more than `most` bytes: one grid for the blocks, one for the
         ends. The most promising by their estimated losses are made, and the one with the lowest KL is taken."""
         spec = self.checkpoint.spec
-        text = prepare(self.checkpoint, self.calibration)
-        losses = known_losses(self.checkpoint, text, DISK_GRIDS, END_GRIDS, "bfloat16", lambda stages: lambda: None)
-        after = lessened(losses, build({"method": "gptq"}), spec)
+        losses = self.losses("gptq")
         tried = []
         for inner in DISK_GRIDS:
             for end in END_GRIDS:
                 precision = Precision("bfloat16", inner, end)
                 if fits(precision, spec) and artifact_bytes(spec, precision, "packlight") <= most:
-                    loss = sum(after[t.name][str(precision.grid_of(t))] for t in spec.tensors if t.name in after)
+                    loss = sum(losses[t.name][str(precision.grid_of(t))] for t in spec.tensors if t.name in losses)
                     tried.append((loss, precision))
         tried.sort(key=lambda pair: pair[0])
         found = [

@@ -26,6 +26,8 @@ from packlight.runtime.load import load_tokenizer
 
 IDS = list(range(1, 40))
 GPTQ: dict[str, Any] = {"method": "gptq", "bits": 3, "guided": False}
+ASYMMETRIC = GPTQ | {"asymmetry": 0.5}
+"""Reads all three streams of hidden states."""
 
 
 class Heard(pipeline.Silent):
@@ -57,36 +59,42 @@ def quiet() -> None:
     return None
 
 
-def blocks_of(checkpoint: Checkpoint, calibration: Calibration, work: Path) -> dict[str, bytes]:
+def blocks_of(
+    checkpoint: Checkpoint, calibration: Calibration, work: Path, options: dict[str, Any] = GPTQ
+) -> dict[str, bytes]:
     """Every finished block of a GPTQ job by its bytes, and the logits at the end."""
-    step, result = build(GPTQ), WalkResult()
+    step, result = build(options), WalkResult()
     list(compress.run(step, checkpoint, work, "packlight", IDS, calibration, result))
     assert result.proof_logits is not None
     found = {path.name: path.read_bytes() for path in compress.block_files(work)}
     return found | {"logits": result.proof_logits.numpy().tobytes()}
 
 
-def test_hidden_states_on_disk_give_the_same_bytes(checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("options", "names"), [(GPTQ, {"inputs"}), (ASYMMETRIC, {"inputs", "exact", "targets"})])
+def test_hidden_states_on_disk_give_the_same_bytes(
+    options: dict[str, Any], names: set[str], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     found = {}
     for on_disk in (False, True):
         work = tmp_path / str(on_disk)
-        text = prepare(checkpoint, CalibrationText(windows=5, window=32, on_disk=on_disk))
+        text = prepare(checkpoint, CalibrationText(windows=5, window=32, on_disk=on_disk), build(options).reading)
         assert text.size.on_disk is on_disk
         calibration, _ = text.ready(work, quiet)
-        found[on_disk] = blocks_of(checkpoint, calibration, work / "blocks")
+        found[on_disk] = blocks_of(checkpoint, calibration, work / "blocks", options)
         streams = list((work / "activations").glob("*")) if on_disk else []
+        assert {path.stem for path in streams} == (names if on_disk else set())
         assert sum(path.stat().st_size for path in streams) == (stream_bytes(checkpoint.spec, text.size) * on_disk)
     assert found[True] == found[False]
     assert len(found[True]) == checkpoint.spec.num_layers + 3
 
 
 def test_what_an_earlier_job_left_on_disk_does_not_matter(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    text = prepare(checkpoint, CalibrationText(windows=3, window=32, on_disk=True))
-    wanted = blocks_of(checkpoint, text.ready(tmp_path / "a", quiet)[0], tmp_path / "a" / "blocks")
+    text = prepare(checkpoint, CalibrationText(windows=3, window=32, on_disk=True), build(ASYMMETRIC).reading)
+    wanted = blocks_of(checkpoint, text.ready(tmp_path / "a", quiet)[0], tmp_path / "a" / "blocks", ASYMMETRIC)
     calibration, _ = text.ready(tmp_path / "b", quiet)
     for name in ("inputs", "exact", "targets"):
         calibration.allocate(name, checkpoint.spec.hidden_size).fill_(torch.nan)
-    assert blocks_of(checkpoint, calibration, tmp_path / "b" / "blocks") == wanted
+    assert blocks_of(checkpoint, calibration, tmp_path / "b" / "blocks", ASYMMETRIC) == wanted
 
 
 def test_hidden_states_go_to_disk_where_memory_is_short(

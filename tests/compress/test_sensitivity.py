@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.cli.conftest import save_llama
+from transformers import OPTConfig, OPTForCausalLM
 
 from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.compress import sensitivity as under_test
@@ -153,6 +154,19 @@ def test_a_guide_has_the_second_moments_of_the_two_ends(
     wanted = {"model.embed_tokens.weight": looked_up.T @ looked_up + (head if is_tied else 0), "lm_head.weight": head}
     for name, moment in ends.items():
         torch.testing.assert_close(moment, wanted[name], rtol=1e-3, atol=1e-3 * float(moment.abs().max()))
+
+
+def test_ends_of_another_width_than_the_blocks_have_no_moments(tmp_path: Path) -> None:
+    """OPT can look its rows up in a narrower space; a guide says nothing of them, and all of the rest."""
+    config = OPTConfig(
+        hidden_size=64, word_embed_proj_dim=32, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    guide(checkpoint, Calibration([[5, 6, 7, 8]]), tmp_path / "guide", lambda: None)
+    found = read_guide(tmp_path / "guide")
+    assert found.ends == {}
+    assert {tensor.name for tensor in checkpoint.spec.quantizable} <= found.tokens.keys()
 
 
 def test_labels_are_drawn_as_often_as_they_are_likely() -> None:

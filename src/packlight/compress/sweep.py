@@ -48,8 +48,8 @@ class Sweep:
     """A model and some windows of text on their way through it, computed in float32.
 
     `gradient`, (windows, tokens, hidden), is at what left the block that `back` has come to, and at the looked-up
-    embeddings when it has ended. `head_moment`, (hidden, hidden), is filled by `head`: the sum over tokens of
-    (1 - sum_y p(y)^2) x x^T, x what entered it.
+    embeddings when it has ended. `head_moment`, square in the width of the head's input, is filled by `head`: the
+    sum over tokens of (1 - sum_y p(y)^2) x x^T, x what entered it.
     """
 
     def __init__(self, checkpoint: Checkpoint, windows: list[list[int]], batch: int) -> None:
@@ -91,7 +91,6 @@ class Sweep:
         generator = torch.Generator().manual_seed(SEED)
         hidden = self._states.pop()
         self.gradient = torch.empty_like(hidden)
-        self.head_moment = torch.zeros(hidden.shape[-1], hidden.shape[-1])
         entered: list[torch.Tensor] = []
         handle = head.register_forward_pre_hook(lambda module, args: entered.append(args[0].detach()))
         for place in range(len(self.ids)):
@@ -100,6 +99,8 @@ class Sweep:
                 logits = self.model(self.ids[place : place + 1], use_cache=False).logits  # (1, tokens, vocab)
             p = torch.softmax(logits.detach()[0].float(), dim=-1)
             x, uncertain = entered[-1][0], 1 - torch.linalg.vector_norm(p, dim=-1, keepdim=True).square()
+            if place == 0:  # what enters the head may have another width than what leaves the blocks
+                self.head_moment = torch.zeros(x.shape[-1], x.shape[-1])
             self.head_moment.addmm_(x.T, x * uncertain)
             labels = draw(p, generator)
             p.scatter_add_(1, labels, torch.full(labels.shape, -1.0))  # the gradient of -log p(label) at the logits
@@ -232,7 +233,7 @@ def read_guide(file: Path) -> Guide:
 def draw(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One label for each row of probabilities, (rows, 1); many times as fast as `torch.multinomial`."""
     up_to = p.cumsum(dim=-1)
-    labels = torch.searchsorted(up_to, up_to[:, -1:] * torch.rand(len(p), 1, generator=generator))
+    labels = torch.searchsorted(up_to, up_to[:, -1:] * torch.rand(len(p), 1, generator=generator), right=True)
     return labels.clamp_(max=p.shape[1] - 1)
 
 
