@@ -37,8 +37,11 @@ from packlight.spec import Grid
 
 HELD_OUT = 8
 """One window in this many is held out, at least one where there are two."""
-NEAR_EDGE = 0.49
-"""A latent value starts where the original weight lies, but no nearer to the edge of GPTQ's code than this."""
+NEAR_EDGE = 0.4
+"""A latent value starts where the original weight lies, but within this of GPTQ's code. Nearer to the edge at 0.5 the
+noise of the first steps undoes what GPTQ has found: `evidence/learned-start.jsonl`."""
+TRAINED_TOGETHER = 2
+"""Windows that one step of the optimizer sees."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ class Learned(Gptq):
         scale_rate: the same for the logarithms of scales.
     """
 
-    epochs: int = 8
-    code_rate: float = 0.02
-    scale_rate: float = 0.002
+    epochs: int = 4
+    code_rate: float = 0.01
+    scale_rate: float = 0.005
 
     name: ClassVar[str] = "learned"
 
@@ -104,12 +107,12 @@ class Learned(Gptq):
             [{"params": codes, "lr": self.code_rate}, {"params": factors, "lr": self.scale_rate}], betas=(0.9, 0.99)
         )
         generator = torch.Generator().manual_seed(0)
-        steps = self.epochs * -(-len(windows) // activations.batch)
+        steps = self.epochs * -(-len(windows) // TRAINED_TOGETHER)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         with torch.enable_grad(), _learning(block, learners):
             for _ in range(self.epochs):
                 order = torch.randperm(len(windows), generator=generator)
-                for chosen in torch.tensor(windows)[order].split(activations.batch):
+                for chosen in torch.tensor(windows)[order].split(TRAINED_TOGETHER):
                     optimizer.zero_grad()
                     _batch_loss(block, activations, chosen).backward()
                     optimizer.step()
