@@ -5,10 +5,11 @@
 
 Two parts. `grids`: round to nearest, GPTQ and learned rounding on uniform grids of 4, 3 and 2 bits. `sizes`: for files
 of given sizes, every matrix on a grid of its own, beside the best uniform recipe that is no larger. Artifacts are kept
-in build/quality, so that a run that was cut short goes on. Perplexity and KL divergence are measured on `--data`,
-which nothing was calibrated on. `--peers` takes rows that `benchmarks/peers` has measured on the same tokens
-(`--windows FILE` writes those); a file of a peer wins where it has the lower KL at no more bytes. The last line of
-stdout is one JSON object: every claim, whether it holds, and all rows.
+in build/quality and rows are written as they come, so that a run that was cut short goes on. Perplexity and KL
+divergence are measured on `--data`, which nothing was calibrated on; `--data self` is text that the model makes up,
+from another seed than that of a calibration. `--peers` takes rows that `benchmarks/peers` has measured on the same
+tokens (`--windows FILE` writes those); a file of a peer wins where it has the lower KL at no more bytes. The last line
+of stdout is one JSON object: every claim, whether it holds, and all rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 
 from packlight import evidence, pipeline
 from packlight.checkpoint.open import Checkpoint, open_checkpoint
-from packlight.compress.calibration import CalibrationText, parse_data, prepare
+from packlight.compress.calibration import SEED, CalibrationText, parse_data, prepare
 from packlight.compress.choice import lessened
 from packlight.compress.registry import build
 from packlight.compress.sensitivity import Losses, known_losses
@@ -37,6 +38,7 @@ from packlight.measure.text import load_text, windows
 from packlight.plan.allocate import allocate, options_for, stored_bytes
 from packlight.plan.layout import artifact_bytes
 from packlight.plan.recipes import fits
+from packlight.runtime.generate import sample_windows
 from packlight.runtime.load import load_model, load_tokenizer
 from packlight.spec import Grid, Precision
 
@@ -61,7 +63,7 @@ class Subject:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--data", help="FILE or self")
     parser.add_argument("--calibration", help="FILE or self")
     parser.add_argument("--part", choices=("grids", "sizes"), action="append")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
@@ -77,13 +79,11 @@ def main() -> None:
     given = parser.parse_args()
     checkpoint = open_checkpoint(given.model)
     window = min(512, checkpoint.spec.max_context)
-    text = load_text(given.data)
-    ids = load_tokenizer(checkpoint)(text.content, add_special_tokens=False, verbose=False)["input_ids"]
-    cut = windows(ids, window, given.tokens)
+    cut, name = evaluation_windows(checkpoint, given.data, window, given.tokens)
     if given.windows:
         given.windows.write_text(json.dumps(cut), encoding="utf-8")
     calibration = CalibrationText(parse_data(given.calibration), given.calibration_windows)
-    bench = Bench(given.model, checkpoint, cut, f"{text.name} (sha256 {text.sha256[:12]})", calibration)
+    bench = Bench(given.model, checkpoint, cut, name, calibration, given.ledger)
     parts = given.part or ["grids", "sizes"]
     claims: list[dict[str, Any]] = []
     if "grids" in parts:
@@ -91,24 +91,36 @@ def main() -> None:
     if "sizes" in parts:
         peers = json.loads(given.peers.read_text(encoding="utf-8")) if given.peers else []
         claims += bench.sizes(given.sizes, given.learned_below, peers)
-    if given.ledger:
-        known = {(row.name, row.subject) for row in bench.rows}
-        kept = [row for row in evidence.read(given.ledger) if (row.name, row.subject) not in known]
-        given.ledger.unlink(missing_ok=True)
-        evidence.append(given.ledger, kept + evidence.stamped(bench.rows, hardware(is_probed=False).threads))
     print(json.dumps({"model": given.model, "text": bench.note, "claims": claims, "rows": bench.table}))
+
+
+def evaluation_windows(
+    checkpoint: Checkpoint, data: str | None, window: int, tokens: int
+) -> tuple[list[list[int]], str]:
+    """Token ids to measure on, and what they are."""
+    if data == "self":
+        made = sample_windows(load_model(checkpoint), max(1, tokens // window), window, SEED + 1, lambda: None)
+        return made, f"text made up by the model, seed {SEED + 1}"
+    text = load_text(None if data is None else Path(data))
+    ids = load_tokenizer(checkpoint)(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    return windows(ids, window, tokens), f"{text.name} (sha256 {text.sha256[:12]})"
 
 
 class Bench:
     """One model on one text."""
 
     def __init__(
-        self, model: str, checkpoint: Checkpoint, cut: list[list[int]], note: str, calibration: CalibrationText
+        self,
+        model: str,
+        checkpoint: Checkpoint,
+        cut: list[list[int]],
+        note: str,
+        calibration: CalibrationText,
+        ledger: Path | None,
     ) -> None:
         self.model, self.checkpoint, self.cut = model, checkpoint, cut
-        self.calibration = calibration
+        self.calibration, self.ledger = calibration, ledger
         self.note = f"{note}, {len(cut)} windows of {len(cut[0])} tokens"
-        self.rows: list[Measurement] = []
         self.table: dict[str, dict[str, float]] = {}
         self._reference: Reference | None = None
 
@@ -142,7 +154,7 @@ class Bench:
     def sizes(self, sizes: list[float], learned_below: float, peers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Files of given sizes in MB: a grid for every matrix, beside the best uniform recipe and the peers."""
         claims, found = [], []
-        self.rows += peer_rows(peers)
+        self.record(peer_rows(peers))
         for size in sizes:
             made = self.measure(Subject(f"allocated {size:g} MB", self.allocated(size * 1e6, "gptq")))
             uniform = self.uniform(size * 1e6)
@@ -229,14 +241,25 @@ class Bench:
         found = evaluate(load_model(artifact), self.cut, self._reference, tick)
         seconds = next((row.value for row in made.rows if row.name == "job_s"), None)
         size = disk_size(artifact)
-        self.rows.append(Measurement("disk_bytes", size, "bytes", subject.name))
-        self.rows += found.rows(subject.name, self.note)
+        rows = [Measurement("disk_bytes", size, "bytes", subject.name), *found.rows(subject.name, self.note)]
         if isinstance(seconds, int | float):
-            self.rows.append(Measurement("job_s", seconds, "s", subject.name))
+            rows.append(Measurement("job_s", seconds, "s", subject.name))
+        self.record(rows)
         row = {"bytes": size, "kl": found.kl, "kl_stderr": found.kl_stderr, "perplexity": found.perplexity}
         self.table[subject.name] = row
         print(f"{subject.name}: {size / 1e6:.1f} MB, KL {found.kl:.4f}, ppl {found.perplexity:.2f}", file=sys.stderr)
         return row
+
+    def record(self, rows: list[Measurement]) -> None:
+        """Write rows to the ledger, in place of older ones of the same names and subjects."""
+        if self.ledger is None:
+            return
+        known = {(row.name, row.subject) for row in rows}
+        kept = [row for row in evidence.read(self.ledger) if (row.name, row.subject) not in known]
+        half = self.ledger.with_suffix(".part")
+        half.unlink(missing_ok=True)
+        evidence.append(half, kept + evidence.stamped(rows, hardware(is_probed=False).threads))
+        half.replace(self.ledger)
 
 
 def peer_rows(peers: list[dict[str, Any]]) -> list[Measurement]:

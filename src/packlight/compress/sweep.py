@@ -31,6 +31,7 @@ from packlight.compress.walk import (
     standing_in,
 )
 from packlight.plan.memory import SWEPT_TOGETHER
+from packlight.runtime.allocator import trim
 from packlight.runtime.load import empty_model, load_dense_
 
 Note = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -57,7 +58,7 @@ class Sweep:
         self.model = empty_model(checkpoint, "float32")
         self.layers = find_layers(self.model)
         self._embedding, *self._blocks, self._head = stages(checkpoint, self.model, self.layers)
-        self._states: list[torch.Tensor] = []
+        self._states = torch.empty(0)
         self.gradient = torch.empty(0)
         self.head_moment = torch.zeros(0, 0)
 
@@ -71,17 +72,20 @@ class Sweep:
         self._load(self._embedding[3])
         self.model.tie_weights()
         with torch.no_grad():
-            parts = [
-                record_calls(self.model, self.layers, part)[0].hidden_states for part in self.ids.split(self.batch)
-            ]
-            self._states.append(torch.cat(parts).float())
-            self._calls = [call.in_float32() for call in record_calls(self.model, self.layers, self.ids[:1])]
+            first = record_calls(self.model, self.layers, self.ids[:1])
+            self._calls = [call.in_float32() for call in first]
+            # One piece for all blocks: pieces of their own would lie between temporaries in a heap full of holes.
+            width = first[0].hidden_states.shape[-1]
+            self._states = torch.empty(len(self._blocks) + 1, *self.ids.shape, width)
+            for part in self._parts():
+                self._states[0, part] = record_calls(self.model, self.layers, self.ids[part])[0].hidden_states.float()
             tick()
             for place, (_, _, module, names) in enumerate(self._blocks):
                 self._load(names)
-                parts = [run_block(module, part, self._calls[place]) for part in self._states[-1].split(self.batch)]
-                self._states.append(torch.cat(parts))
+                for part in self._parts():
+                    self._states[place + 1, part] = run_block(module, self._states[place, part], self._calls[place])
                 free_(self.model, names)
+                trim()
                 tick()
 
     def head(self) -> torch.Tensor:
@@ -89,7 +93,7 @@ class Sweep:
         self._load(self._head[3])
         head = self.model.get_output_embeddings()
         generator = torch.Generator().manual_seed(SEED)
-        hidden = self._states.pop()
+        hidden = self._states[-1]
         self.gradient = torch.empty_like(hidden)
         entered: list[torch.Tensor] = []
         handle = head.register_forward_pre_hook(lambda module, args: entered.append(args[0].detach()))
@@ -122,11 +126,17 @@ class Sweep:
             self._pull_back(module, place, names, note)
             yield name, names
             free_(self.model, names)
+            trim()
             tick()
 
     def parameter(self, name: str) -> torch.Tensor:
         """A tensor of what is loaded now, in float32."""
         return self.model.get_parameter(name).data
+
+    def _parts(self) -> Iterator[slice]:
+        """Slices of the windows that pass together."""
+        for start in range(0, len(self.ids), self.batch):
+            yield slice(start, start + self.batch)
 
     def _load(self, names: list[str]) -> None:
         load_dense_(self.model, self.checkpoint, names, keep_dtype=True)
@@ -136,12 +146,12 @@ class Sweep:
         matrices = {t.name for t in self.checkpoint.spec.tensors if t.kind in ("linear", "expert")}
         owners = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in names if name in matrices}
         handles = [owner.register_forward_hook(_listener(name, note)) for name, owner in owners.items()]
-        states, before = self._states.pop(), torch.empty_like(self.gradient)
-        for start in range(0, len(states), self.batch):
-            hidden = states[start : start + self.batch].clone().requires_grad_()
-            run_block(module, hidden, self._calls[place]).backward(self.gradient[start : start + self.batch])
+        before = self._states[place + 1]  # what left the block is not needed again: its room takes the new gradient
+        for part in self._parts():
+            hidden = self._states[place, part].clone().requires_grad_()
+            run_block(module, hidden, self._calls[place]).backward(self.gradient[part])
             assert hidden.grad is not None
-            before[start : start + self.batch] = hidden.grad
+            before[part] = hidden.grad
         self.gradient = before
         for handle in handles:
             handle.remove()

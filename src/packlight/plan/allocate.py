@@ -44,9 +44,17 @@ INNER_GRIDS = tuple(
 """What a matrix inside a block may become."""
 END_GRIDS = tuple(
     Grid.parse(text)
-    for text in ("int8-row-asym", "int6-g64-asym", "int5-g64-asym", "int4-g128-asym", "int4-g64-asym", "int4-g32-asym")
+    for text in (
+        "int8-row-asym",
+        "int6-g64-asym",
+        "int5-g64-asym",
+        "int4-g128-asym",
+        "int4-g64-asym",
+        "int4-g32-asym",
+        "int3-g32-asym",
+    )
 )
-"""What embedding and head may become: at 3 bits and below they cost more than they save."""
+"""What embedding and head may become."""
 
 
 @dataclass(frozen=True)
