@@ -256,7 +256,8 @@ def _walk_peak(spec: ModelSpec, precision: Precision, calibration: CalibrationSi
     stays = sum(tensor.numel * DTYPE_BYTES[precision.dtype] for tensor in outside)
     states = 0 if calibration.on_disk else stream_bytes(spec, calibration)
     at_first = _block_peak(outside, precision) + states
-    return max(at_first, stays + states + CALIBRATION_MATRICES * 4 * widest**2 + flowing + held)
+    guide = _guide_bytes(spec, calibration)
+    return guide + max(at_first, stays + states + CALIBRATION_MATRICES * 4 * widest**2 + flowing + held)
 
 
 def _sweep_peak(spec: ModelSpec, calibration: CalibrationSize) -> int:
@@ -266,7 +267,15 @@ def _sweep_peak(spec: ModelSpec, calibration: CalibrationSize) -> int:
     states = (spec.num_layers + 3) * 4 * windows * calibration.window * spec.hidden_size
     outside, *blocks = _blocks(spec.tensors)
     weights = 4 * (sum(t.numel for t in outside) + max((sum(t.numel for t in block) for block in blocks), default=0))
-    return weights + states + 4 * logits_bytes(spec, calibration.window)
+    return weights + states + 4 * logits_bytes(spec, calibration.window) + _guide_bytes(spec, calibration)
+
+
+def _guide_bytes(spec: ModelSpec, calibration: CalibrationSize) -> int:
+    """How much each token matters at each matrix and block, in float32, where the method asks."""
+    if not calibration.reading.weighs_tokens:
+        return 0
+    places = spec.num_layers + sum(tensor.kind in ("linear", "expert") for tensor in spec.tensors)
+    return 4 * calibration.tokens * places
 
 
 _BLOCK = re.compile(r"(?:.*?\.)?\d+\.")
