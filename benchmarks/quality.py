@@ -1,15 +1,16 @@
 """What the methods make of a model at the same bytes, beside each other and beside other tools' files, on one text.
 
-    python benchmarks/quality.py MODEL --data FILE --calibration FILE [--part grids|sizes] [--peers ROWS.json]
+    python benchmarks/quality.py [MODEL] [--data FILE] [--calibration FILE] [--part grids|sizes] [--peers ROWS.json]
                                  [--ledger evidence/quality-demo.jsonl]
 
-Two parts. `grids`: round to nearest, GPTQ and learned rounding on uniform grids of 4, 3 and 2 bits. `sizes`: for files
-of given sizes, every matrix on a grid of its own, beside the best uniform recipe that is no larger. Artifacts are kept
-in build/quality and rows are written as they come, so that a run that was cut short goes on. Perplexity and KL
-divergence are measured on `--data`, which nothing was calibrated on; `--data self` is text that the model makes up,
-from another seed than that of a calibration. `--peers` takes rows that `benchmarks/peers` has measured on the same
-tokens (`--windows FILE` writes those); a file of a peer wins where it has the lower KL at no more bytes. The last line
-of stdout is one JSON object: every claim, whether it holds, and all rows.
+MODEL is `demo` and the texts are the bundled ones where they are not given. Two parts. `grids`: round to nearest, GPTQ
+and learned rounding on uniform grids of 4, 3 and 2 bits. `sizes`: for files of given sizes, every matrix on a grid of
+its own, beside the best uniform recipe that is no larger. Artifacts are kept in build/quality and rows are written as
+they come, so that a run that was cut short goes on. Perplexity and KL divergence are measured on `--data`, which
+nothing was calibrated on; `--data self` is text that the model makes up, from another seed than that of a calibration.
+`--peers` takes rows that `benchmarks/peers` has measured on the same tokens (`--windows FILE` writes those); a file of
+a peer wins where it has the lower KL at no more bytes. The last line of stdout is one JSON object: every claim, whether
+it holds, and all rows.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Subject:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--data", help="FILE or self")
     parser.add_argument("--calibration", help="FILE or self")
     parser.add_argument("--part", choices=("grids", "sizes"), action="append")
