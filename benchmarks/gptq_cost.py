@@ -34,10 +34,10 @@ from packlight.runtime.load import load_model, load_tokenizer
 
 WORK = Path("build/gptq-cost")
 VARIANTS = {
-    "guided, true-sequential": {},
-    "guided, one pass a block": {"true_sequential": "false"},
-    "plain, true-sequential": {"guided": "false"},
     "plain, one pass a block": {"guided": "false", "true_sequential": "false"},
+    "plain, true-sequential": {"guided": "false"},
+    "guided, one pass a block": {"true_sequential": "false"},
+    "guided, true-sequential": {},
 }
 WINDOW, TOKENS = 512, 8192
 POLL_S = 0.2
