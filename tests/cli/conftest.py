@@ -12,6 +12,8 @@ import pytest
 from tests.cli.stand_ins import put_in
 from tests.conftest import TinyModel, save_byte_tokenizer
 
+from packlight.compress import run as compress
+
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -43,6 +45,20 @@ def out(tmp_path: Path) -> Path:
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """No probe and no measuring or proving children: what remains of `fit` and `quantize` takes a moment."""
     put_in(monkeypatch.setattr)
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Blocks in the order in which they are stored by this process."""
+    done: list[int] = []
+    store = compress._store
+
+    def counted(block: Any, *more: Any) -> None:
+        store(block, *more)
+        done.append(block.index)
+
+    monkeypatch.setattr(compress, "_store", counted)
+    return done
 
 
 @pytest.fixture(scope="session")

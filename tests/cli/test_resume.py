@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.cli import stand_ins
-from tests.cli.driver import Ended, assert_one_sentence, call, contents, listing, run, spawn
+from tests.cli.driver import assert_one_sentence, call, contents, listing, run, spawn
+from tests.cli.interrupting import (
+    assert_interrupted,
+    assert_same_artifact,
+    blocks_of,
+    interrupt_in,
+    start_and_end,
+)
 
 from packlight.checkpoint import save
 from packlight.compress import run as compress
-from packlight.evidence import LEDGER_NAME
 
 BLOCKS = 14
 QUANTIZE: tuple[object, ...] = ("-q", "--bits", 4)
@@ -40,48 +43,6 @@ def undisturbed(deep_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         assert call("quantize", deep_dir, *QUANTIZE, "--out", made["quantize"]).code == 0
         assert call("fit", deep_dir, *FIT, "--out", made["fit"]).code == 0
     return made
-
-
-@pytest.fixture
-def stored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Blocks in the order in which they are stored by this process."""
-    done: list[int] = []
-    store = compress._store
-
-    def counted(block: Any, *more: Any) -> None:
-        store(block, *more)
-        done.append(block.index)
-
-    monkeypatch.setattr(compress, "_store", counted)
-    return done
-
-
-def interrupt_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: int = 0) -> None:
-    """Ctrl-C when `owner.name` is called for the time after `after`."""
-    real: Callable[..., Any] = getattr(owner, name)
-    calls = 0
-
-    def interrupted(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise KeyboardInterrupt
-        return real(*arguments, **named)
-
-    monkeypatch.setattr(owner, name, interrupted)
-
-
-def same_artifact(first: Path, second: Path) -> None:
-    a, b = contents(first, [LEDGER_NAME]), contents(second, [LEDGER_NAME])
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name] == b[name], name
-
-
-def assert_interrupted(ended: Ended) -> None:
-    assert ended.code == 130
-    assert ended.err.strip() == "packlight: interrupted: give the same command again to go on"
-    assert ended.out == ""
 
 
 MOMENTS: list[tuple[Any, str, int]] = [
@@ -108,7 +69,7 @@ def test_quantize_goes_on_after_ctrl_c(
     first = len(stored)
     assert call("quantize", deep_dir, *QUANTIZE, "--out", out).code == 0
     assert stored == list(range(BLOCKS)), f"{first} blocks were finished before, and none is done twice"
-    same_artifact(out, undisturbed["quantize"])
+    assert_same_artifact(out, undisturbed["quantize"])
     assert list(listing(out.parent)) == ["out", *(f"out/{name}" for name in listing(out))]
 
 
@@ -132,25 +93,7 @@ def test_fit_goes_on_after_ctrl_c(
     ended = call("fit", deep_dir, *FIT, "--out", out)
     assert ended.code == 0, ended.err
     assert stored == list(range(BLOCKS))
-    same_artifact(out, undisturbed["fit"])
-
-
-def start_and_end(how: int, after: int, out: Path, *argv: object) -> Ended:
-    """Start a process with a pause after every block, and signal it when `after` blocks are there."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.cli.stand_ins", *map(str, argv), "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PAUSE": "0.2"},
-    )
-    blocks = out.parent / f".{out.name}.partial" / "blocks"
-    while len(list(blocks.glob("*.safetensors"))) < after and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(how)
-    said, complained = process.communicate(timeout=60)
-    return Ended(process.returncode, said, complained)
+    assert_same_artifact(out, undisturbed["fit"])
 
 
 @pytest.mark.parametrize(
@@ -177,12 +120,12 @@ def test_a_real_signal(
     else:
         assert ended.code == -signal.SIGKILL
     assert not out.exists()
-    finished = len(list((out.parent / ".out.partial" / "blocks").glob("*.safetensors")))
+    finished = len(blocks_of(out))
     assert 5 <= finished < BLOCKS
     done = call(verb, deep_dir, *flags, "--out", out)
     assert done.code == 0, done.err
     assert stored == list(range(finished, BLOCKS))
-    same_artifact(out, undisturbed[verb])
+    assert_same_artifact(out, undisturbed[verb])
 
 
 def test_another_request_discards_what_is_there(deep_dir: Path, out: Path, stored: list[int]) -> None:
@@ -249,4 +192,4 @@ def test_fit_with_everything_real_survives_a_kill(deep_dir: Path, out: Path, tmp
             process.communicate()
     assert run(*argv, "--out", out).code in (0, 3)
     assert run(*argv, "--out", tmp_path / "undisturbed").code in (0, 3)
-    same_artifact(out, tmp_path / "undisturbed")
+    assert_same_artifact(out, tmp_path / "undisturbed")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,7 +12,14 @@ from typing import Any
 import pytest
 from tests.cli import stand_ins
 from tests.cli.conftest import save_llama
-from tests.cli.driver import Ended, call, contents, listing
+from tests.cli.driver import Ended, call, listing
+from tests.cli.interrupting import (
+    assert_interrupted,
+    assert_same_artifact,
+    blocks_of,
+    interrupt_in,
+    start_and_end,
+)
 
 from packlight.compress import calibration, sensitivity
 from packlight.compress import run as compress
@@ -73,20 +76,6 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return make
 
 
-@pytest.fixture
-def stored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Blocks in the order in which they are stored by this process."""
-    done: list[int] = []
-    store = compress._store
-
-    def counted(block: Any, *more: Any) -> None:
-        store(block, *more)
-        done.append(block.index)
-
-    monkeypatch.setattr(compress, "_store", counted)
-    return done
-
-
 def give(name: str, model: Path, out: Path) -> Ended:
     return call(*words(name, model), "--out", out)
 
@@ -110,21 +99,6 @@ def least(model: Path) -> str:
     return said.group(1)
 
 
-def interrupt_in(patched: pytest.MonkeyPatch, owner: Any, name: str, after: int) -> None:
-    """Ctrl-C when `owner.name` is called for the time after `after`."""
-    real: Callable[..., Any] = getattr(owner, name)
-    calls = 0
-
-    def interrupted(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise KeyboardInterrupt
-        return real(*arguments, **named)
-
-    patched.setattr(owner, name, interrupted)
-
-
 def interrupt_half_written(patched: pytest.MonkeyPatch, after: int) -> None:
     """Ctrl-C in the middle of a block's file."""
     real, calls = compress.save_file, 0
@@ -141,20 +115,12 @@ def interrupt_half_written(patched: pytest.MonkeyPatch, after: int) -> None:
     patched.setattr(compress, "save_file", half)
 
 
-def assert_interrupted(ended: Ended) -> None:
-    assert ended.code == 130
-    assert ended.err.strip() == "packlight: interrupted: give the same command again to go on"
-    assert ended.out == ""
-
-
 def goes_on(name: str, model: Path, out: Path, wanted: Path, stored: list[int]) -> None:
     """The same command again: no block twice, the same bytes, nothing left behind, the same rows."""
     ended = give(name, model, out)
     assert ended.code == 0, ended.err
     assert stored == list(range(BLOCKS)), "no block is done twice"
-    mine, theirs = contents(out, [LEDGER_NAME]), contents(wanted, [LEDGER_NAME])
-    assert mine.keys() == theirs.keys()
-    assert [path for path in mine if mine[path] != theirs[path]] == []
+    assert_same_artifact(out, wanted)
     assert [path for path in listing(out.parent) if not path.startswith("out")] == []
     assert rows_of(out) == rows_of(wanted)
 
@@ -243,23 +209,10 @@ def test_a_kill(model: Path, out: Path, undisturbed: Callable[[str], Path], stor
     """SIGKILL of a process of its own when two blocks are there."""
     wanted = undisturbed("gptq")
     stored.clear()
-    argv = [*words("gptq", model), "--out", out]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.cli.stand_ins", *map(str, argv)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PAUSE": "0.15"},
-    )
-    blocks = out.parent / ".out.partial" / "blocks"
-    while len(list(blocks.glob("*.safetensors"))) < 2 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    ended = start_and_end(signal.SIGKILL, 2, out, *words("gptq", model), pause=0.15)
+    assert ended.code == -signal.SIGKILL
     assert not out.exists()
-    finished = len(list(blocks.glob("*.safetensors")))
+    finished = len(blocks_of(out))
     assert 2 <= finished < BLOCKS
     stored += range(finished)
     goes_on("gptq", model, out, wanted, stored)

@@ -62,20 +62,25 @@ def listening(block: Block, wanted: Mapping[str, Callable[[str, torch.Tensor], N
             handle.remove()
 
 
-@torch.no_grad()
 def inputs_of(block: Block, name: str, hidden: torch.Tensor) -> torch.Tensor:
-    """What enters the linear of `name` when `hidden` (windows, tokens, width) enters the block, as (n, cols) float32.
+    """What enters the linear of `name`, (n, cols) float32, when `hidden` (windows, tokens, width) enters the block."""
+    return inputs_of_all(block, [name], hidden)[name]
 
-    The pass ends there: what comes later in the block is not computed.
+
+@torch.no_grad()
+def inputs_of_all(block: Block, names: Sequence[str], hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What enters several linears, as `inputs_of` for each, from one pass.
+
+    The pass ends when all have been seen: what comes later in the block is not computed.
     """
     assert block.activations is not None
-    found: list[torch.Tensor] = []
+    found: dict[str, torch.Tensor] = {}
 
-    def stop(_: str, x: torch.Tensor) -> None:
-        found.append(x)
-        raise _EnoughError
+    def note(name: str, x: torch.Tensor) -> None:
+        found[name] = x.reshape(-1, x.shape[-1]).float()
+        if len(found) == len(names):
+            raise _EnoughError
 
-    with listening(block, {name: stop}), suppress(_EnoughError):
+    with listening(block, dict.fromkeys(names, note)), suppress(_EnoughError):
         block.activations.run(block.module, hidden)
-    x = found[0]
-    return x.reshape(-1, x.shape[-1]).float()
+    return found
