@@ -24,7 +24,7 @@ from packlight.compress.quantize.gptq import Gptq
 from packlight.compress.quantize.rtn import Rtn
 from packlight.compress.step import Step
 from packlight.compress.sweep import guide, read_guide
-from packlight.compress.walk import Block, Calibration, WalkResult, walk
+from packlight.compress.walk import Activations, Block, Calibration, WalkResult, walk
 from packlight.evidence import Measurement
 from packlight.measure.text import calibration_text
 from packlight.ops.gptq import output_error
@@ -194,6 +194,23 @@ def test_every_option_runs_and_matters(
         assert mine < sum(errors(checkpoint, rounded(checkpoint, step, layer), moments).values())
     first, second = layers
     assert any(not torch.equal(first.packed[name].codes, second.packed[name].codes) for name in first.packed)
+
+
+@pytest.mark.parametrize(("options", "gathering"), [({}, 4), ({"true_sequential": False}, 1)], ids=str)
+def test_passes_through_a_block(
+    options: dict[str, Any], gathering: int, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each group of matrices that share an input, or one for all; and one window to find the groups."""
+    passed: list[int] = []
+    run = Activations.run
+
+    def counted(self: Activations, module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        passed.append(len(hidden))
+        return run(self, module, hidden)
+
+    monkeypatch.setattr(Activations, "run", counted)
+    first_layer(Gptq(4, guided=False, **options), checkpoint, Calibration(WINDOWS, batch=4, keeps_targets=False))
+    assert passed == [1] + gathering * [4, 4]
 
 
 def test_asymmetry_brings_a_later_layer_nearer_to_the_original(checkpoint: Checkpoint) -> None:
