@@ -4,10 +4,10 @@
                                    [--ledger evidence/gptq-cost.jsonl]
 
 MODEL is `demo` and the texts are the bundled ones where they are not given. Each variant is one `packlight quantize` at
-4 bits, in a process of its own that finds nothing in the
-cache but the converted model, under the clock from start to end with the proof on save; its peak is the process's
-resident set, interpreter and libraries included. KL divergence is measured afterwards on `--data`. Artifacts stay in
-build/gptq-cost; a variant whose artifact is there is passed over. The last line of stdout is one JSON object.
+4 bits, in a process of its own that finds nothing in the cache but the converted model, under the clock from start to
+end with the proof on save; its peak is the process's resident set, interpreter and libraries included. KL divergence is
+measured afterwards on `--data`. Artifacts stay in build/gptq-cost; a variant whose artifact is there is passed over.
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
