@@ -29,8 +29,8 @@ from packlight.checkpoint.open import open_checkpoint
 from packlight.evidence import Measurement
 from packlight.measure.bandwidth import hardware
 from packlight.measure.quality import evaluate, evaluate_reference
-from packlight.measure.text import load_text, windows
-from packlight.runtime.load import load_model, load_tokenizer
+from packlight.pipeline import Yardstick, evaluation_windows
+from packlight.runtime.load import load_model
 
 WORK = Path("build/gptq-cost")
 VARIANTS = {
@@ -39,7 +39,6 @@ VARIANTS = {
     "guided, one pass a block": {"true_sequential": "false"},
     "guided, true-sequential": {},
 }
-WINDOW, TOKENS = 512, 8192
 POLL_S = 0.2
 
 
@@ -54,10 +53,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(threads := hardware(is_probed=False).threads)
     checkpoint = open_checkpoint(given.model)  # converted before the first clock starts
-    text = load_text(given.data)
-    ids = load_tokenizer(checkpoint)(text.content, add_special_tokens=False, verbose=False)["input_ids"]
-    cut = windows(ids, min(WINDOW, checkpoint.spec.max_context), TOKENS)
-    note = f"{text.name} (sha256 {text.sha256[:12]}), {len(cut)} windows of {len(cut[0])} tokens"
+    cut, note = evaluation_windows(checkpoint, Yardstick(given.data))
     _, reference = evaluate_reference(load_model(checkpoint), cut, lambda: None)
     table: dict[str, dict[str, object]] = {}
     for variant, options in VARIANTS.items():

@@ -35,12 +35,11 @@ from packlight.evidence import Measurement
 from packlight.measure.bandwidth import hardware
 from packlight.measure.quality import Reference, evaluate, evaluate_reference
 from packlight.measure.size import disk_size
-from packlight.measure.text import load_text, windows
 from packlight.plan.allocate import allocate, options_for, stored_bytes
 from packlight.plan.layout import artifact_bytes
 from packlight.plan.recipes import fits
 from packlight.runtime.generate import sample_windows
-from packlight.runtime.load import load_model, load_tokenizer
+from packlight.runtime.load import load_model
 from packlight.spec import Grid, Precision
 
 WORK = Path("build/quality")
@@ -101,10 +100,10 @@ def evaluation_windows(
     """Token ids to measure on, and what they are."""
     if data == "self":
         made = sample_windows(load_model(checkpoint), max(1, tokens // window), window, SEED + 1, lambda: None)
-        return made, f"text made up by the model, seed {SEED + 1}"
-    text = load_text(None if data is None else Path(data))
-    ids = load_tokenizer(checkpoint)(text.content, add_special_tokens=False, verbose=False)["input_ids"]
-    return windows(ids, window, tokens), f"{text.name} (sha256 {text.sha256[:12]})"
+        return made, f"text made up by the model, seed {SEED + 1}, {len(made)} windows of {window} tokens"
+    return pipeline.evaluation_windows(
+        checkpoint, pipeline.Yardstick(None if data is None else Path(data), window, tokens)
+    )
 
 
 class Bench:
@@ -121,7 +120,7 @@ class Bench:
     ) -> None:
         self.model, self.checkpoint, self.cut = model, checkpoint, cut
         self.calibration, self.ledger = calibration, ledger
-        self.note = f"{note}, {len(cut)} windows of {len(cut[0])} tokens"
+        self.note = note
         self.table: dict[str, dict[str, float]] = {}
         self._reference: Reference | None = None
 

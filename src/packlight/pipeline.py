@@ -177,7 +177,7 @@ def fit(
     asked = asdict(budget) | {"method": strategy.method, "uniform": strategy.is_uniform}
     compress.check_dense(checkpoint)
     method = build({"method": strategy.method})
-    cut, note = _windows(checkpoint, yardstick)
+    cut, note = evaluation_windows(checkpoint, yardstick)
     text = prepare(checkpoint, strategy.calibration, method.reading)
     request = _request(checkpoint) | {"asked": asked, "text": note, "calibration": text.asked()}
     if save.made_earlier(out, request):
@@ -269,7 +269,7 @@ def evaluate(models: Sequence[str], yardstick: Yardstick, watcher: Watcher, thre
                 f"{checkpoint.spec.vocab_size} tokens: only models with the same tokenizer can be compared"
             )
     longest = min(checkpoint.spec.max_context for checkpoint in opened)
-    cut, note = _windows(opened[0], replace(yardstick, window=min(yardstick.window, longest)))
+    cut, note = evaluation_windows(opened[0], replace(yardstick, window=min(yardstick.window, longest)))
     watcher.say(f"text: {note}")
     rows: list[list[Measurement]] = []
     reference: Reference | None = None
@@ -505,7 +505,7 @@ def _request(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"packlight": version("packlight"), "source": source}
 
 
-def _windows(checkpoint: Checkpoint, yardstick: Yardstick) -> tuple[list[list[int]], str]:
+def evaluation_windows(checkpoint: Checkpoint, yardstick: Yardstick) -> tuple[list[list[int]], str]:
     """The windows that quality is measured on, and the line that describes them."""
     text = load_text(yardstick.data)
     window = min(yardstick.window, checkpoint.spec.max_context)
