@@ -25,9 +25,10 @@ from packlight.errors import CheckpointError, ProofError
 from packlight.measure import proof
 from packlight.measure.proof import MAX_KL, PROOF_NAME, distance, read_proof, record
 from packlight.runtime import packed
-from packlight.runtime.generate import Sampling, generate, prompt_ids
+from packlight.runtime.generate import complete, prompt_ids
 from packlight.runtime.load import load_model, load_tokenizer
 from packlight.runtime.packed import PackedLinear
+from packlight.runtime.sampling import Sampling
 
 ALL_INT4: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False, "embeddings": 4}
 LIMIT = MAX_KL["bfloat16"]
@@ -346,7 +347,7 @@ def by_reference(directory: Path, ids: list[int], monkeypatch: pytest.MonkeyPatc
     model = load_model(open_checkpoint(directory))
     kernels = {module.kernel for module in model.modules() if isinstance(module, PackedLinear)}
     assert kernels == {"reference"}
-    return list(generate(model, ids, Sampling(max_tokens=24)))
+    return list(complete(model, ids, Sampling(max_tokens=24)))
 
 
 def test_the_tiny_model_says_the_same_elsewhere(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ from packlight.checkpoint.open import open_checkpoint
 from packlight.errors import CheckpointError
 from packlight.measure.proof import MAX_KL
 from packlight.pipeline import Silent, Yardstick, evaluate
-from packlight.runtime.generate import Sampling, generate
+from packlight.runtime.generate import complete
 from packlight.runtime.load import load_model
 from packlight.runtime.packed import PackedEmbedding, PackedLinear
+from packlight.runtime.sampling import Sampling
 
 ArchitectureDir = Callable[[str], Path]
 PROMPT = torch.randint(1, 256, (40,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -40,7 +41,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(architecture_dir: Ar
             eos_token_id=None,
             pad_token_id=0,
         )
-    assert list(generate(ours, PROMPT, Sampling(max_tokens=NEW_TOKENS))) == made[0, len(PROMPT) :].tolist()
+    assert list(complete(ours, PROMPT, Sampling(max_tokens=NEW_TOKENS))) == made[0, len(PROMPT) :].tolist()
 
 
 @pytest.mark.parametrize(

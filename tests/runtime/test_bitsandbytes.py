@@ -24,8 +24,9 @@ from packlight.pipeline import Silent, Yardstick, evaluate
 from packlight.runtime import bitsandbytes
 from packlight.runtime.bitsandbytes import LOADERS, check_loader, load_with, quantized, split_loader, state_bytes
 from packlight.runtime.bitsandbytes import with_loader as named
-from packlight.runtime.generate import Sampling, generate
+from packlight.runtime.generate import complete
 from packlight.runtime.load import load_model
+from packlight.runtime.sampling import Sampling
 
 IN_MEMORY = r"bytes in memory: quantized by bitsandbytes [\d.]+ while it is loaded, nothing is on disk"
 IDS = torch.arange(40)[None]  # (batch, tokens)
@@ -76,7 +77,7 @@ class TestLoaded:
 
     def test_it_generates_greedily(self, loader: str, tiny_model_dir: TinyModel) -> None:
         model = load_with(open_checkpoint(tiny_model_dir()), loader)
-        made = list(generate(model, [72, 105], Sampling(max_tokens=6)))
+        made = list(complete(model, [72, 105], Sampling(max_tokens=6)))
         with torch.inference_mode():
             logits = model(torch.tensor([[72, 105, *made]])).logits[0, 1:-1]
         near = logits.max(dim=-1).values - logits.gather(1, torch.tensor(made)[:, None])[:, 0]

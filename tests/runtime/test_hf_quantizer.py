@@ -22,11 +22,12 @@ from transformers.quantizers import auto
 from packlight.checkpoint.open import open_checkpoint
 from packlight.errors import CheckpointError, UsageError
 from packlight.runtime import registration
-from packlight.runtime.generate import Sampling, generate
+from packlight.runtime.generate import complete
 from packlight.runtime.hf_quantizer import METHOD, PacklightConfig, PacklightQuantizer
 from packlight.runtime.load import load_model
 from packlight.runtime.packed import PackedEmbedding, PackedLinear
 from packlight.runtime.registration import WAITED_FOR
+from packlight.runtime.sampling import Sampling
 
 PROMPT = list(b"Well, Prince")
 THREE_BITS: dict[str, Any] = {"bits": 3, "group_size": 32, "symmetric": False, "embeddings": 4}
@@ -116,7 +117,7 @@ def test_it_is_the_model_of_packlights_own_loader(artifact: Artifact, name: str)
         eos_token_id=None,
         pad_token_id=0,
     )
-    assert made[0, len(PROMPT) :].tolist() == list(generate(ours, PROMPT, Sampling(max_tokens=24)))
+    assert made[0, len(PROMPT) :].tolist() == list(complete(ours, PROMPT, Sampling(max_tokens=24)))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen2"])
@@ -158,7 +159,7 @@ def test_plain_transformers_code_in_a_fresh_process(artifact: Artifact, order: s
     directories = [artifact(name) for name in IN_FRESH_PROCESSES]
     done = python(order + LOAD, json.dumps(PROMPT), *map(str, directories))
     models = (load_model(open_checkpoint(directory)) for directory in directories)
-    wanted = [list(generate(model, PROMPT, Sampling(max_tokens=24))) for model in models]
+    wanted = [list(complete(model, PROMPT, Sampling(max_tokens=24))) for model in models]
     assert [json.loads(line) for line in done.stdout.splitlines()] == wanted
     for complaint in ("newly initialized", "UNEXPECTED", "MISSING", "arning"):
         assert complaint not in done.stderr

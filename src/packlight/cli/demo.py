@@ -27,8 +27,8 @@ def demo(
     """
     from packlight.checkpoint.open import resolve
     from packlight.cli.fit import fit
-    from packlight.runtime.answer import answer
-    from packlight.runtime.generate import Sampling
+    from packlight.runtime.answer import converse
+    from packlight.runtime.sampling import Sampling
 
     with progress(quiet) as shown:
         tick = shown.stage("fetching and converting the demo model (once)", 1)
@@ -36,6 +36,7 @@ def demo(
         tick()
     fit("demo", out, MEMORY, CONTEXT, quiet=quiet)
     print(f"\n> {QUESTION}")
-    for piece in answer(str(out), QUESTION, Sampling(max_tokens=64)).pieces:
+    made, ids = converse(str(out), [QUESTION], Sampling(max_tokens=64))
+    for _, piece in made.ask(ids):
         print(piece, end="", flush=True)
     print()

@@ -30,9 +30,10 @@ from packlight.errors import MeasurementError, ProofError
 from packlight.evidence import Measurement
 from packlight.measure import child
 from packlight.ops.grid import tensor_digest
-from packlight.runtime.generate import Sampling, generate
+from packlight.runtime.generate import complete
 from packlight.runtime.load import load_model
 from packlight.runtime.packed import PackedEmbedding, PackedLinear
+from packlight.runtime.sampling import Sampling
 
 PROOF_NAME = "proof.json"
 POSITIONS = 16
@@ -180,7 +181,7 @@ def _answer(path: str, ids: list[int], top_ids: list[list[int]], max_tokens: int
     model = load_model(checkpoint)
     with torch.inference_mode():
         logits = model(torch.tensor([ids]), use_cache=False).logits[0, -len(top_ids) :].float()
-    tokens = list(generate(model, ids, Sampling(max_tokens=max_tokens)))
+    tokens = list(complete(model, ids, Sampling(max_tokens=max_tokens)))
     packed = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
     kernels = sorted({module.kernel for module in packed if isinstance(module, PackedLinear)})
     return {

@@ -153,7 +153,14 @@ def kv_elements_per_token(spec: ModelSpec) -> int:
 
     MHA 2 n_h d_h l, GQA 2 n_g d_h l, MLA (d_c + d_R) l (DeepSeek-V2, arXiv 2405.04434, section 2.1).
     """
-    return spec.num_layers * _kv_elements_per_layer(spec)
+    return spec.num_layers * kv_elements_per_layer(spec)
+
+
+def kv_elements_per_layer(spec: ModelSpec) -> int:
+    """Cached elements per token of one layer: keys and values of its KV heads, or a latent and its rotary key."""
+    if spec.kv_lora_rank is not None:
+        return spec.kv_lora_rank + (spec.qk_rope_head_dim or 0)
+    return 2 * spec.num_kv_heads * spec.head_dim
 
 
 def kv_cache_bytes(
@@ -167,7 +174,7 @@ def kv_cache_bytes(
     positions = spec.num_layers * context
     if is_windowed and spec.sliding_window is not None:
         positions -= spec.num_sliding_layers * max(0, context - spec.sliding_window)
-    return users * positions * _kv_elements_per_layer(spec) * DTYPE_BYTES[dtype]
+    return users * positions * kv_elements_per_layer(spec) * DTYPE_BYTES[dtype]
 
 
 def activation_bytes(spec: ModelSpec, tokens: int, dtype: str = "bfloat16", users: int = 1) -> Activations:
@@ -296,12 +303,6 @@ def _block_peak(block: list[TensorSpec], precision: Precision) -> int:
     quantized = [tensor.numel for tensor in block if precision.grid_of(tensor) is not None]
     alone = sum(tensor.numel for tensor in block) - sum(quantized)
     return sum(tensor.nbytes for tensor in block) + max(quantized, default=0) * (1 + size) + alone * size
-
-
-def _kv_elements_per_layer(spec: ModelSpec) -> int:
-    if spec.kv_lora_rank is not None:
-        return spec.kv_lora_rank + (spec.qk_rope_head_dim or 0)
-    return 2 * spec.num_kv_heads * spec.head_dim
 
 
 def _expanded_kv_heads(spec: ModelSpec) -> int:

@@ -1,99 +1,101 @@
-"""Tokens over time: prefill in chunks, then one token at a time.
+"""Tokens over time, in one loop: prefill, then for every token choose and step.
 
-The loop is `prefill`, then for every token `sample` and `step`; `generate` strings them together and yields tokens as
-they come, `stream_text` turns them into text.
+`generate` is the loop, for any number of prompts at once and with any `Decoder`: with a KV cache of any kind, without
+one, compiled, or a package. `complete` is the loop for one prompt and nothing but its tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from packlight.errors import CheckpointError, UsageError
-from packlight.plan.memory import PREFILL_CHUNK
 from packlight.runtime import kv_cache
+from packlight.runtime.decoder import CachedDecoder, Decoder, context_of, pad, step
+from packlight.runtime.sampling import Sampling, Token, describe, penalize, sample
 
 SAMPLED_TOGETHER = 32
 """Texts that `sample_windows` makes up at once: a step reads the weights once for all of them."""
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy.
-
-    Raises:
-        UsageError: a value outside its range.
-    """
-
-    temperature: float = 0.0
-    max_tokens: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
-            raise UsageError(f"temperature must be 0 to 100, not {self.temperature}")
-        if self.max_tokens < 1:
-            raise UsageError(f"max tokens must be at least 1, not {self.max_tokens}")
-
-
-@torch.inference_mode()
-def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Fill the cache with a prompt; returns the last position's logits, (batch, vocab). ids: (batch, tokens)."""
-    logits: torch.Tensor | None = None
-    for start in range(0, ids.shape[1], PREFILL_CHUNK):
-        chunk = ids[:, start : start + PREFILL_CHUNK]
-        logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    assert logits is not None
-    return logits[:, -1]
-
-
-@torch.inference_mode()
-def step(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """One token per sequence, ids (batch, 1); returns the next logits, (batch, vocab)."""
-    logits: torch.Tensor = model(ids, past_key_values=cache, use_cache=True).logits
-    return logits[:, -1]
-
-
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Next token ids, (batch, 1), from logits (batch, vocab)."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator)
+Until = Callable[[int, int], bool]
+"""Asked with a row and its new token: whether that token is the row's last."""
 
 
 def generate(
-    model: PreTrainedModel, ids: list[int], sampling: Sampling, stop_ids: frozenset[int] = frozenset()
-) -> Iterator[int]:
-    """Yield the tokens of an answer as they are made; the stop token is not yielded.
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: frozenset[int] = frozenset(),
+    until: Until | None = None,
+) -> Iterator[list[Token | None]]:
+    """Yield one token per prompt and step, None where an answer is over; a stop token is not yielded.
+
+    An iterator that is closed or interrupted frees the decoder's memory.
 
     Raises:
-        UsageError: an empty prompt, or a prompt and answer longer than the model's context.
+        UsageError: an empty prompt, or one that leaves no room for an answer.
         CheckpointError: the model computes NaN.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not ids:
-        raise UsageError("the prompt is empty: give at least one token")
-    if limit is not None and len(ids) >= limit:
-        raise UsageError(f"the prompt has {len(ids)} tokens and the model's context is {limit}: shorten the prompt")
-    room = sampling.max_tokens if limit is None else min(sampling.max_tokens, limit - len(ids))
-    cache = kv_cache.allocate(model.config, len(ids) + room)
-    generator = torch.Generator().manual_seed(sampling.seed)
-    logits = prefill(model, torch.tensor([ids]), cache)
-    if bool(torch.isnan(logits).any()):
-        raise CheckpointError("the model computes NaN: its weights are damaged, download it again")
-    for made in range(room):
-        token = sample(logits, sampling, generator)
-        if int(token) in stop_ids:
-            return
-        yield int(token)
-        if made + 1 < room:
-            logits = step(model, token, cache)
+    room = _room(prompts, decoder.capacity, sampling.max_tokens)
+    generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
+    ids, mask = pad(prompts)
+    is_live = [True] * len(prompts)
+    try:
+        logits = decoder.prefill(ids, mask if int(mask.min()) == 0 else None).cpu()
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, list(prompt)] = True
+        for made in range(room):
+            if made == 0 and bool(torch.isnan(logits).any()):
+                raise CheckpointError("the model computes NaN: its weights are damaged, download it again")
+            weighed = penalize(logits, seen, sampling.repetition_penalty)
+            chosen = torch.cat([sample(weighed[row : row + 1], sampling, each) for row, each in enumerate(generators)])
+            tokens: list[Token | None] = []
+            for row, token in enumerate(chosen[:, 0].tolist()):
+                is_live[row] &= token not in stop_ids
+                tokens.append(describe(logits[row], token, sampling.logprobs) if is_live[row] else None)
+                is_live[row] &= not (is_live[row] and until is not None and until(row, token))
+            if any(tokens):
+                yield tokens
+            if made + 1 == room or not any(is_live):
+                return
+            seen.scatter_(1, chosen, True)
+            logits = decoder.step(chosen).cpu()
+    except (GeneratorExit, KeyboardInterrupt):
+        decoder.free()
+        raise
+
+
+def complete(
+    model: PreTrainedModel, ids: list[int], sampling: Sampling, stop_ids: frozenset[int] = frozenset()
+) -> Iterator[int]:
+    """Yield the tokens of one answer, with a KV cache of just its size.
+
+    Raises:
+        UsageError: an empty prompt, or a prompt that does not fit the model's context.
+    """
+    decoder = CachedDecoder(model, capacity_for(model.config, [ids], sampling))
+    for tokens in generate(decoder, [ids], sampling, stop_ids):
+        assert tokens[0] is not None
+        yield tokens[0].id
+
+
+def capacity_for(config: PreTrainedConfig, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+    """Tokens per sequence that the prompts and their answers take, no more than the model's context.
+
+    Raises:
+        UsageError: a prompt does not fit the model's context.
+    """
+    limit = context_of(config)
+    longest = max(map(len, prompts), default=0)
+    if limit is None:
+        return longest + sampling.max_tokens
+    if longest >= limit:
+        raise UsageError(f"the prompt has {longest} tokens and the model's context is {limit}: shorten the prompt")
+    return min(limit, longest + sampling.max_tokens)
 
 
 def sample_windows(
@@ -121,36 +123,24 @@ def sample_windows(
     return made
 
 
-def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
-    """Text as soon as it is certain: a character whose bytes are still incomplete waits for the next token.
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> list[int]:
+    """A user's message through the chat template, or the plain text where the checkpoint has no template.
 
-    Each piece is the difference of two decodings that start at the same earlier token, since a tokenizer may treat
-    the first token of what it decodes differently (a dropped space).
+    Args:
+        system: what the model is told before; without a template it stands before the prompt on lines of its own.
     """
-    ids: list[int] = []
-    start = done = 0
-
-    def pending() -> str:
-        before = tokenizer.decode(ids[start:done], skip_special_tokens=True)
-        return str(tokenizer.decode(ids[start:], skip_special_tokens=True))[len(before) :]
-
-    for token in tokens:
-        ids.append(token)
-        piece = pending()
-        if piece and not piece.endswith("\ufffd"):
-            yield piece
-            start, done = done, len(ids)
-    if rest := pending():
-        yield rest
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """A user's message through the chat template, or the plain text where the checkpoint has no template."""
     if tokenizer.chat_template is None:
-        return list(tokenizer(prompt, verbose=False)["input_ids"])
-    message = [{"role": "user", "content": prompt}]
-    encoded: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        return raw_ids(tokenizer, prompt, system)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+def raw_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> list[int]:
+    """The text as it is, behind `system` and an empty line where that is given."""
+    text = prompt if system is None else f"{system}\n\n{prompt}"
+    return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -160,3 +150,17 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
         ids = getattr(source, "eos_token_id", None)
         found.update([ids] if isinstance(ids, int) else ids or [])
     return frozenset(found)
+
+
+def _room(prompts: Sequence[Sequence[int]], capacity: int | None, max_tokens: int) -> int:
+    """Tokens that the answers may have. A batch is as long as its longest prompt: padding takes room too."""
+    if not prompts or not all(map(len, prompts)):
+        raise UsageError("the prompt is empty: give at least one token")
+    longest = max(map(len, prompts))
+    if capacity is None:
+        return max_tokens
+    if longest >= capacity:
+        raise UsageError(
+            f"the prompt has {longest} tokens and there is room for {capacity}, answer included: shorten the prompt"
+        )
+    return min(max_tokens, capacity - longest)
