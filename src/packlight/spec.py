@@ -289,7 +289,10 @@ class KernelRate:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine. `rates` is keyed by kernel name: float32, bfloat16, float16, int8, int4."""
+    """One machine. `rates` is keyed by kernel name: float32, bfloat16, float16, int8, int4.
+
+    `flops_per_s` is of a float32 matrix product, where no kernel has a rate of its own.
+    """
 
     cpu: str
     cores: int
@@ -297,6 +300,7 @@ class Hardware:
     ram_bytes: int
     bandwidth_bytes_per_s: float | None = None
     rates: Mapping[str, KernelRate] = field(default_factory=dict)
+    flops_per_s: float | None = None
 
 
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmgt]?)(i?)b\s*", re.IGNORECASE)

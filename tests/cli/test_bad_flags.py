@@ -101,6 +101,10 @@ def test_fit(flags: list[str], tiny: Path, out: Path, tmp_path: Path) -> None:
         ["TINY", "--context", "0"],
         ["TINY", "--users", "0"],
         ["TINY", "--threads", "0"],
+        ["TINY", "--prompt-tokens", "5"],
+        ["TINY", "--new-tokens", "5"],
+        ["TINY", "--prompt-tokens", "0", "--new-tokens", "5"],
+        ["TINY", "--prompt-tokens", "1000", "--new-tokens", "25"],
         ["TINY", "extra"],
     ],
 )

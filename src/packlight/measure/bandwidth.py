@@ -26,6 +26,8 @@ PROBE_SECONDS = 0.1
 MIN_PASSES = 2
 READS = 4
 """Times that a pass reads the buffer, so that the threads' different starts weigh little."""
+MATMUL, MATMUL_REPEATS = 512, 8
+"""Rows and columns of the matrices that are multiplied, and how often."""
 
 
 def memory_bandwidth(threads: int, buffer_bytes: int | None = None) -> float:
@@ -57,6 +59,22 @@ def memory_bandwidth(threads: int, buffer_bytes: int | None = None) -> float:
             list(pool.map(read, parts))
             seconds.append(time.perf_counter() - begin)
     return READS * sum(part.nbytes for part in parts) / min(seconds)
+
+
+def matmul_flops(threads: int) -> float:
+    """Float32 operations per second of numpy's matrix product, the best of several; a thirtieth of a second.
+
+    numpy computes with all cores; for fewer threads their share is taken.
+    """
+    import numpy as np
+
+    left, right = np.ones((MATMUL, MATMUL), dtype=np.float32), np.ones((MATMUL, MATMUL), dtype=np.float32)
+    seconds = []
+    for _ in range(MATMUL_REPEATS):
+        begin = time.perf_counter()
+        np.matmul(left, right)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * MATMUL**3 / min(seconds) * min(1.0, threads / _physical_cores())
 
 
 def hardware(threads: int | None = None, is_probed: bool = True) -> Hardware:

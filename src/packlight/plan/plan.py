@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from packlight.plan.kv_advice import KVAdvice, advise
 from packlight.plan.layout import artifact_bytes
 from packlight.plan.memory import (
     JobPlan,
@@ -57,6 +58,7 @@ class Plan:
     hardware: Hardware
     notes: tuple[str, ...]
     rows: tuple[Row, ...]
+    kv_advice: KVAdvice | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; totals are written out."""
@@ -69,9 +71,17 @@ class Plan:
 
 
 def make_plan(
-    spec: ModelSpec, budget: Budget, hardware: Hardware, precisions: Sequence[Precision] | None = None
+    spec: ModelSpec,
+    budget: Budget,
+    hardware: Hardware,
+    precisions: Sequence[Precision] | None = None,
+    lengths: tuple[int, int] | None = None,
 ) -> Plan:
-    """A row for each of `precisions`, by default the usual ones that fit the model's shapes."""
+    """A row for each of `precisions`, by default the usual ones that fit the model's shapes.
+
+    Args:
+        lengths: tokens of prompt and answer that advice on the KV cache is wanted for, with the weights as stored.
+    """
     precisions = default_precisions(spec) if precisions is None else precisions
     return Plan(
         model=spec.name,
@@ -86,7 +96,13 @@ def make_plan(
         hardware=hardware,
         notes=tuple(_notes(spec, budget)),
         rows=tuple(_row(spec, budget, hardware, precision) for precision in precisions),
+        kv_advice=None if lengths is None else advise(spec, as_stored(spec), budget, hardware, *lengths),
     )
+
+
+def as_stored(spec: ModelSpec) -> Precision:
+    """The precision of the checkpoint as it is."""
+    return spec.stored or Precision(spec.dtype)
 
 
 def default_precisions(spec: ModelSpec) -> list[Precision]:

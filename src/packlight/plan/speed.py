@@ -59,6 +59,34 @@ def prefill_speed(spec: ModelSpec, precision: Precision, hardware: Hardware, tok
     return Speed(tokens / seconds, False, "probed kernel rates") if seconds else Speed(None, False, "no matrices")
 
 
+def pass_seconds(
+    spec: ModelSpec, precision: Precision, hardware: Hardware, tokens: int, cached: int = 0
+) -> float | None:
+    """Seconds of one forward pass over `tokens` tokens of one sequence, with logits of the last one.
+
+    The longer of arithmetic and of reading the weights, and what each layer costs to launch; on top of it the cache of
+    `cached` earlier tokens is read, and queries meet keys and values, 4 d operations per pair and layer for a width d.
+    Where kernels have no rates, the machine's bandwidth and its float32 matrix product stand for them.
+
+    Returns:
+        None where neither is known.
+    """
+    weights, params = read_bytes(spec, precision), _matrix_params(spec, precision)
+    cache = kv_cache_bytes(spec, cached, 1, precision.dtype)
+    pairs = 2 * spec.num_layers * spec.num_heads * spec.head_dim * tokens * (tokens + 1)
+    if not _missing_rates(weights, precision, hardware) and all(kernel in hardware.rates for kernel in params):
+        launches = spec.num_layers * _layer_overhead(weights, precision, hardware)
+        reading = sum(size / _byte_rate(kernel, hardware) for kernel, size in weights.items())
+        arithmetic = sum(2 * count * tokens / hardware.rates[kernel].flops_per_s for kernel, count in params.items())
+        fastest = max(hardware.rates[kernel].flops_per_s for kernel in params)
+        return launches + max(reading, arithmetic) + cache / _byte_rate(precision.dtype, hardware) + pairs / fastest
+    if hardware.bandwidth_bytes_per_s is None or hardware.flops_per_s is None:
+        return None
+    reading = sum(weights.values()) / hardware.bandwidth_bytes_per_s
+    arithmetic = 2 * params.total() * tokens / hardware.flops_per_s
+    return max(reading, arithmetic) + cache / hardware.bandwidth_bytes_per_s + pairs / hardware.flops_per_s
+
+
 def read_bytes(spec: ModelSpec, precision: Precision, users: int = 1) -> Counter[str]:
     """Bytes of weights that one decode step reads, by kernel.
 

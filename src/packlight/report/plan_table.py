@@ -43,7 +43,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
             _last(row, budget),
         )
     console.print(table)
-    for line in _footnotes(plan):
+    for line in (*_footnotes(plan), *_advice(plan)):
         console.print(line, markup=False)
 
 
@@ -68,6 +68,30 @@ def _footnotes(plan: Mapping[str, Any]) -> list[str]:
     if any(row["decode"]["is_upper_bound"] for row in plan["rows"]):
         lines.append("decode speeds marked ≤ are bounds: bandwidth over the bytes read per token, for one user")
     return [*lines, *plan["notes"]]
+
+
+def _advice(plan: Mapping[str, Any]) -> list[str]:
+    advice = plan["kv_advice"]
+    if advice is None:
+        return []
+    prompt, new = advice["prompt_tokens"], advice["new_tokens"]
+    lines = [f"KV cache, {prompt} tokens of prompt and {new} of answer: {advice['use'] or 'none'}: {advice['reason']}"]
+    lines.append(
+        f"tokens computed: {advice['computed_with']:,} with a cache, {advice['computed_without']:,} without"
+        + _break_even(advice)
+    )
+    sizes = [f"{row['kind']} {format_size(sum(row['bytes'].values()))}{_fits(row)}" for row in advice["kinds"]]
+    return [*lines, f"its size: {', '.join(sizes)}"]
+
+
+def _break_even(advice: Mapping[str, Any]) -> str:
+    if advice["break_even"] is None:
+        return ""
+    return f"; at this prompt a cache pays from answers of {advice['break_even']} tokens on"
+
+
+def _fits(row: Mapping[str, Any]) -> str:
+    return " (too large)" if row["fits"] is False else ""
 
 
 def _speed(speed: Mapping[str, Any]) -> str:
