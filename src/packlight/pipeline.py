@@ -22,7 +22,7 @@ import torch
 
 from packlight import evidence
 from packlight.checkpoint import save
-from packlight.checkpoint.open import Checkpoint, open_checkpoint
+from packlight.checkpoint.open import Checkpoint, open_checkpoint, short_name
 from packlight.checkpoint.tensors import check_architecture, has_nan
 from packlight.compress import run as compress
 from packlight.compress.calibration import CalibrationText, Prepared, prepare
@@ -341,7 +341,7 @@ def _make(
             tick = watcher.stage("proving the artifact in fresh processes", 1)
             ledger.add(proof.prove(work.artifact, loads_in_transformers(precision, spec)))
             tick()
-        name, text_of = _short_name(checkpoint.source), save.recipe_text(recipe)
+        name, text_of = short_name(checkpoint.source), save.recipe_text(recipe)
         card = model_card(name, ledger.rows, text_of, layout == "packlight" and bool(precision.grids))
         (work.artifact / "README.md").write_text(card, encoding="utf-8")
         shutil.copyfile(ledger.path, work.artifact / LEDGER_NAME)
@@ -501,7 +501,7 @@ def _open(model: str) -> Checkpoint:
 
 def _request(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a recipe says about where it starts from."""
-    source = {"name": _short_name(checkpoint.source), "sha256": save.content_hash(checkpoint)}
+    source = {"name": short_name(checkpoint.source), "sha256": save.content_hash(checkpoint)}
     return {"packlight": version("packlight"), "source": source}
 
 
@@ -521,9 +521,3 @@ def _proof_ids(checkpoint: Checkpoint) -> list[int]:
     opening = load_text().content[: 16 * PROOF_TOKENS]
     ids = load_tokenizer(checkpoint)(opening, add_special_tokens=False, verbose=False)["input_ids"]
     return list(ids[: min(PROOF_TOKENS, checkpoint.spec.max_context)])
-
-
-def _short_name(source: str) -> str:
-    """A name for cards and recipes that does not depend on where a directory lies."""
-    is_path = source.startswith((".", "/", "~")) or Path(source).exists()
-    return Path(source).resolve().name if is_path else source
