@@ -47,6 +47,7 @@ from packlight.measure.bandwidth import hardware as find_hardware
 from packlight.measure.footprint import footprint
 from packlight.measure.hardware import KERNELS, calibrate
 from packlight.measure.memory import current_bytes, flush, peak_bytes
+from packlight.measure.package_proof import prove_package
 from packlight.measure.quality import Reference, evaluate_reference
 from packlight.measure.quality import evaluate as compare
 from packlight.measure.size import disk_size, size_rows
@@ -63,6 +64,7 @@ from packlight.runtime.allocator import weights_apart
 from packlight.runtime.bitsandbytes import check_loader, load_with, split_loader
 from packlight.runtime.generate import SAMPLED_TOGETHER
 from packlight.runtime.load import load_tokenizer
+from packlight.runtime.package import is_package
 from packlight.spec import FLOAT_DTYPES, Budget, Hardware, Precision, format_size
 
 PROOF_TOKENS = 64
@@ -293,6 +295,8 @@ def prove(path: Path) -> list[Measurement]:
     Raises:
         ProofError: it is not the model that was computed.
     """
+    if is_package(path):
+        return evidence.stamped(prove_package(path), torch.get_num_threads())
     checkpoint = _open(str(path))
     precision = checkpoint.spec.stored or Precision(checkpoint.spec.dtype)
     claimed = [row for row in evidence.read(path / LEDGER_NAME) if row.name == "disk_bytes" and row.subject == PACKED]

@@ -30,7 +30,7 @@ from packlight.checkpoint.tensors import check_architecture as check_known
 from packlight.errors import UsageError
 from packlight.evidence import LEDGER_NAME, Ledger, Measurement
 from packlight.export.format import Stage
-from packlight.export.graphs import compile_graph, constants_of, export_graph, this_target, write_graphs
+from packlight.export.graphs import Graph, compile_graph, constants_of, export_graph, this_target, write_graphs
 from packlight.measure.package_proof import SUBJECT, prove_package, record_model
 from packlight.measure.proof import GREEDY_TOKENS
 from packlight.measure.text import load_text
@@ -40,7 +40,7 @@ from packlight.runtime.fixed_shapes import Shapes
 from packlight.runtime.generate import stop_ids
 from packlight.runtime.load import load_model, load_tokenizer
 from packlight.runtime.package import GRAPHS_NAME, NOTE_NAME, WEIGHTS_NAME, FileNote, Machine, Package
-from packlight.runtime.package_decoder import DECODE, PREFILL, this_machine
+from packlight.runtime.package_decoder import DECODE, PREFILL, own_constant, this_machine
 from packlight.spec import DTYPE_BYTES, FLOAT_DTYPES
 
 USUAL_CONTEXT = 1024
@@ -113,7 +113,7 @@ class Compiled:
         forward, target = FixedForward(model), this_target()
         tick = stage("compiling two graphs", 2)
         programs: list[ExportedProgram] = []
-        graphs: dict[str, list[str]] = {}
+        graphs: dict[str, Graph] = {}
         for name, num_tokens in ((PREFILL, shapes.chunk), (DECODE, 1)):
             start = time.perf_counter()
             programs.append(export_graph(forward, shapes, num_tokens, keys, values))
@@ -129,7 +129,10 @@ class Compiled:
             )
             tick()
         write_graphs(place / GRAPHS_NAME, graphs)
-        same = _write_weights(place / WEIGHTS_NAME, constants_of(programs))
+        constants = constants_of(programs)
+        for name, graph in graphs.items():
+            constants.update({own_constant(name, constant): tensor for constant, tensor in graph.constants.items()})
+        same = _write_weights(place / WEIGHTS_NAME, constants)
         for name in save.COPIED:
             if (checkpoint.path / name).is_file():
                 shutil.copyfile(checkpoint.path / name, place / name)

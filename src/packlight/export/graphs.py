@@ -7,6 +7,8 @@ graph holds its bytes.
 from __future__ import annotations
 
 import platform
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.package.package import package_aoti
 from torch.export import ExportedProgram
+from torch.export.pt2_archive._package_weights import Weights
 
 from packlight.errors import UsageError
 from packlight.runtime.compiled import without_torch_warnings
@@ -98,14 +101,25 @@ def export_graph(
         ) from error
 
 
-def compile_graph(program: ExportedProgram, target: Target) -> list[str]:
-    """Compile one graph; returns the files that AOTInductor made, in its own cache.
+@dataclass(frozen=True)
+class Graph:
+    """One compiled graph.
 
-    Threads are chosen when the graph runs, and what is found about the making machine is left out of the code.
+    Args:
+        files: what AOTInductor made, in its own cache.
+        constants: tensors that the compiler made up, by the names under which the graph asks for them.
     """
+
+    files: list[str]
+    constants: dict[str, torch.Tensor]
+
+
+def compile_graph(program: ExportedProgram, target: Target) -> Graph:
+    """Compile one graph. Threads are chosen when it runs; where it was compiled is left out of the code."""
     options: dict[str, Any] = {
         "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.package_constants_on_disk_format": "pickle_weights",  # hands the constants over
         "aot_inductor.enable_line_tables": False,
         "cpp.dynamic_threads": True,
         "cpp.march": target.march,
@@ -113,17 +127,26 @@ def compile_graph(program: ExportedProgram, target: Target) -> list[str]:
     assert program.example_inputs is not None
     arguments, keywords = program.example_inputs
     with torch.no_grad(), without_torch_warnings():
-        files = torch._inductor.aot_compile(program.module(), arguments, keywords, options=options)
-    assert isinstance(files, list)
-    return [file for file in files if isinstance(file, str) and not file.endswith(".cpp")]
+        made = torch._inductor.aot_compile(program.module(), arguments, keywords, options=options)
+    assert isinstance(made, list)
+    known = {_as_identifier(name) for name in constants_of([program])}
+    constants = {
+        name: tensor
+        for weights in made
+        if isinstance(weights, Weights)
+        for name, (tensor, _) in weights.items()
+        if _as_identifier(name) not in known
+    }
+    # The sources stay behind: they are not needed to run, and hold paths of the machine that made them.
+    return Graph([file for file in made if isinstance(file, str) and not file.endswith(".cpp")], constants)
 
 
-def write_graphs(path: Path, graphs: dict[str, list[str]]) -> None:
+def write_graphs(path: Path, graphs: Mapping[str, Graph]) -> None:
     """Several compiled graphs by name into one `.pt2` archive."""
-    package_aoti(str(path), {name: list(files) for name, files in graphs.items()})
+    package_aoti(str(path), {name: list(graph.files) for name, graph in graphs.items()})
 
 
-def constants_of(programs: list[ExportedProgram]) -> dict[str, torch.Tensor]:
+def constants_of(programs: Sequence[ExportedProgram]) -> dict[str, torch.Tensor]:
     """Parameters, buffers and other constants of graphs by name; one name is one tensor in all of them."""
     found: dict[str, torch.Tensor] = {}
     for program in programs:
@@ -131,3 +154,8 @@ def constants_of(programs: list[ExportedProgram]) -> dict[str, torch.Tensor]:
             if isinstance(tensor, torch.Tensor):
                 found[name] = tensor.detach()
     return found
+
+
+def _as_identifier(name: str) -> str:
+    """How inductor spells the name of a constant in C++."""
+    return re.sub(r"[^a-zA-Z0-9_]", "_", name)

@@ -16,7 +16,8 @@ from packlight.evidence import Measurement
 from packlight.measure import child
 from packlight.measure.proof import GREEDY_TOKENS, MAX_KL, distance, read_proof, record
 from packlight.runtime.generate import Sampling, generate
-from packlight.runtime.package import check_hashes, read_package
+from packlight.runtime.package import check_hashes, check_machine, read_package
+from packlight.runtime.package_decoder import this_machine
 
 SUBJECT = "package"
 
@@ -37,10 +38,11 @@ def prove_package(path: Path, tokens: list[int] | None = None) -> Iterator[Measu
         tokens: what the original goes on with after the recorded prompt, where it is known.
 
     Raises:
-        CheckpointError: a file is missing or changed.
+        CheckpointError: a file is missing or changed, or the package does not fit this machine.
         ProofError: it does not load, or it answers differently by more than rounding.
     """
     package, proof = read_package(path), read_proof(path)
+    check_machine(package, this_machine())
     check_hashes(package)
     yield Measurement("proof_files", len(package.files), "1", SUBJECT, note="sizes and SHA-256 are as recorded")
     room = package.context - len(proof["ids"])

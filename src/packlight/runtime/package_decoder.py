@@ -58,11 +58,15 @@ class PackageDecoder(FixedShapeDecoder):
             [zeros(heads, values) for heads, _, values in package.cache],
         )
 
+    def _constant(self, graph: str, constant: str) -> torch.Tensor:
+        own = self._weights.get(own_constant(graph, constant))
+        return self._weights[constant] if own is None else own
+
     def _load(self, name: str) -> Forward:
         try:
             # Not torch._inductor.aoti_load_package, which is a cover of this class: importing it imports the compiler.
             graph = torch._C._aoti.AOTIModelPackageLoader(str(self.package.path / GRAPHS_NAME), name, False, 1, -1)
-            constants = {constant: self._weights[constant] for constant in graph.get_constant_fqns()}
+            constants = {constant: self._constant(name, constant) for constant in graph.get_constant_fqns()}
             # arguments: not the inactive buffer, all of them, and pointers instead of copies
             graph.load_constants(constants, False, True, True)
         except (RuntimeError, KeyError) as error:
@@ -83,6 +87,11 @@ class PackageDecoder(FixedShapeDecoder):
             return logits
 
         return forward
+
+
+def own_constant(graph: str, constant: str) -> str:
+    """The stored name of a constant that belongs to one graph alone, where the compiler counts them."""
+    return f"{graph}/{constant}"
 
 
 def load_package(path: str | Path) -> PackageDecoder:
