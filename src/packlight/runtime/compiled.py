@@ -32,15 +32,17 @@ class CompiledDecoder(FixedShapeDecoder):
     Args:
         model: its attention is set to `grouped_sdpa`, in place.
         shapes: what to compile for.
+        backend: of `torch.compile`; only `inductor` makes code, `eager` traces and nothing more.
 
     Raises:
         UsageError: an architecture that cannot be compiled in fixed shapes, or no C++ compiler.
     """
 
-    def __init__(self, model: PreTrainedModel, shapes: Shapes) -> None:
-        require_compiler()
+    def __init__(self, model: PreTrainedModel, shapes: Shapes, backend: str = "inductor") -> None:
+        if backend == "inductor":
+            require_compiler()
         keys, values = allocate_cache(model, shapes)
-        compiled = torch.compile(FixedForward(model), fullgraph=True, dynamic=False)
+        compiled = torch.compile(FixedForward(model), fullgraph=True, dynamic=False, backend=backend)
         super().__init__(shapes, compiled, compiled, keys, values)
 
     def warm_up(self) -> float:

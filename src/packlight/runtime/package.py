@@ -1,6 +1,6 @@
 """A compiled package: a model's graphs, ahead of time, and its weights, once. Made by `export/compiled.py`. No torch.
 
-package.json      what it is, which machine it fits, and the size and hash of every other file
+package.json      what it is, which machine it fits, and sizes and hashes of what follows
 graphs.pt2        two graphs, `prefill` and `decode`, as AOTInductor packs them
 weights/          safetensors; mapped, and shared by both graphs
 tokenizer files   as in the checkpoint
