@@ -1,4 +1,4 @@
-"""Fixed shapes, run eagerly: the tokens of transformers for every architecture, length and padding; and what is refused."""
+"""Fixed shapes, run eagerly: the tokens of transformers for every architecture, length and padding."""
 
 from __future__ import annotations
 
@@ -99,6 +99,21 @@ def test_prompts_that_do_not_fit(
 ) -> None:
     with pytest.raises(UsageError, match=says):
         decoder.prefill(ids, mask)
+
+
+def test_strides_and_dtypes_of_tokens_do_not_matter() -> None:
+    seen: list[torch.Tensor] = []
+
+    def forward(ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(ids)
+        return torch.zeros(2, 5)
+
+    decoder = FixedShapeDecoder(Shapes(batch=2, context=8, chunk=4), forward, forward, [], [])
+    decoder.prefill(torch.ones(2, 3, dtype=torch.int32))
+    decoder.step(torch.arange(6, dtype=torch.int32).reshape(2, 3)[:, 1:2])
+    assert [ids.dtype for ids in seen] == [torch.int64, torch.int64]
+    assert all(ids.is_contiguous() for ids in seen)
+    assert seen[1].tolist() == [[1], [4]]
 
 
 def test_a_step_is_one_token_for_each_sequence(decoder: FixedShapeDecoder) -> None:

@@ -113,7 +113,8 @@ class FixedShapeDecoder:
         if tuple(ids.shape) != (self._num_sequences, 1):
             raise UsageError(f"a step takes {self._num_sequences} tokens, one per sequence, not {tuple(ids.shape)}")
         self._check_room(self.length + 1)
-        return self._run(self._forwards[1], self._padded_rows(ids), 1)
+        # NOTE a trap: a graph of a package reads memory as it was compiled to, and does not look at strides and dtypes.
+        return self._run(self._forwards[1], self._padded_rows(ids).to(torch.int64).contiguous(), 1)
 
     def _run(self, forward: Forward, ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
         start, last = torch.tensor(self.length), torch.tensor([num_tokens - 1])
