@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,7 +51,7 @@ def first_token(
         threads: for every thread pool; None leaves them to their defaults.
 
     Returns:
-        `first_token_s`, `second_token_s` (torch.compile makes its second graph in between), `decode_tokens_per_s`
+        `first_token_s`, `second_token_s` (torch.compile makes its second graph in between), `decode_tps`
         (from the median of the steps), `num_prompt_tokens`, `tokens`, and `imported` (transformers was imported).
 
     Raises:
@@ -71,16 +71,22 @@ def first_token(
         return child.ask(["-m", "packlight.measure.first_token"], asked, threads)
 
 
-def first_token_rows(way: Way, answer: dict[str, Any]) -> list[Measurement]:
-    """One run of `first_token` as rows of evidence, the way as their subject."""
-    note = f"fresh process, {answer['num_prompt_tokens']} prompt tokens"
-    steps = len(answer["tokens"]) - 1
-    speed = answer["decode_tokens_per_s"]
-    return [
-        Measurement("first_token_s", answer["first_token_s"], "s", way, n=1, note=note),
-        Measurement("second_token_s", answer["second_token_s"], "s", way, n=1, note="the same, and one step"),
-        Measurement("decode_tokens_per_s", speed, "tokens/s", way, n=steps, note="from the median of the steps"),
-    ]
+def first_token_rows(subject: str, answers: Sequence[dict[str, Any]]) -> list[Measurement]:
+    """Repeated runs of one way as rows of evidence: medians, and half the range of the repeats."""
+    steps = len(answers[0]["tokens"]) - 1
+    notes = {
+        "first_token_s": ("s", f"fresh process, {answers[0]['num_prompt_tokens']} prompt tokens"),
+        "second_token_s": ("s", "the same, and one step; torch.compile makes a second graph for it"),
+        "decode_tps": ("tokens/s", f"from the median of {steps} steps"),
+    }
+    rows = []
+    for name, (unit, note) in notes.items():
+        values = [answer[name] for answer in answers]
+        spread = (max(values) - min(values)) / 2 if len(values) > 1 else None
+        rows.append(
+            Measurement(name, statistics.median(values), unit, subject, spread=spread, n=len(values), note=note)
+        )
+    return rows
 
 
 def _answer(
@@ -111,7 +117,7 @@ def _answer(
     return {
         "first_token_s": since_start[0],
         "second_token_s": since_start[1],
-        "decode_tokens_per_s": 1 / statistics.median(seconds),
+        "decode_tps": 1 / statistics.median(seconds),
         "num_prompt_tokens": len(ids),
         "tokens": tokens,
         "imported": "transformers" in sys.modules,
