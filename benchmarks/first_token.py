@@ -24,10 +24,11 @@ from packlight.evidence import LEDGER_NAME, Measurement
 from packlight.export.compiled import Compiled
 from packlight.measure.bandwidth import hardware
 from packlight.measure.first_token import Way, first_token, first_token_rows
+from packlight.measure.package_proof import SUBJECT
 from packlight.measure.text import load_text
 
 WORK = Path("build/first-token")
-SUBJECTS: dict[Way, str] = {"package": "compiled package", "compiled": "torch.compile, cold", "eager": "eager"}
+SUBJECTS: dict[Way, str] = {"package": SUBJECT, "compiled": "torch.compile, cold", "eager": "eager"}
 PROMPT_CHARACTERS, TOKENS = 320, 48
 
 

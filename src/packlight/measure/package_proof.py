@@ -19,7 +19,7 @@ from packlight.runtime.generate import Sampling, generate
 from packlight.runtime.package import check_hashes, check_machine, read_package
 from packlight.runtime.package_decoder import this_machine
 
-SUBJECT = "package"
+SUBJECT = "compiled package"
 
 
 @torch.inference_mode()
