@@ -22,7 +22,7 @@ import torch
 
 from packlight import evidence
 from packlight.checkpoint import save
-from packlight.checkpoint.open import Checkpoint, open_checkpoint
+from packlight.checkpoint.open import Checkpoint, open_checkpoint, short_name
 from packlight.checkpoint.tensors import check_architecture, has_nan
 from packlight.compress import run as compress
 from packlight.compress.calibration import CalibrationText, Prepared, prepare
@@ -47,6 +47,7 @@ from packlight.measure.bandwidth import hardware as find_hardware
 from packlight.measure.footprint import footprint
 from packlight.measure.hardware import KERNELS, calibrate
 from packlight.measure.memory import current_bytes, flush, peak_bytes
+from packlight.measure.package_proof import prove_package
 from packlight.measure.quality import Reference, evaluate_reference
 from packlight.measure.quality import evaluate as compare
 from packlight.measure.size import disk_size, size_rows
@@ -63,6 +64,7 @@ from packlight.runtime.allocator import weights_apart
 from packlight.runtime.bitsandbytes import check_loader, load_with, split_loader
 from packlight.runtime.generate import SAMPLED_TOGETHER
 from packlight.runtime.load import load_tokenizer
+from packlight.runtime.package import is_package
 from packlight.spec import FLOAT_DTYPES, Budget, Hardware, Precision, format_size
 
 PROOF_TOKENS = 64
@@ -293,6 +295,8 @@ def prove(path: Path) -> list[Measurement]:
     Raises:
         ProofError: it is not the model that was computed.
     """
+    if is_package(path):
+        return evidence.stamped(prove_package(path), torch.get_num_threads())
     checkpoint = _open(str(path))
     precision = checkpoint.spec.stored or Precision(checkpoint.spec.dtype)
     claimed = [row for row in evidence.read(path / LEDGER_NAME) if row.name == "disk_bytes" and row.subject == PACKED]
@@ -341,7 +345,7 @@ def _make(
             tick = watcher.stage("proving the artifact in fresh processes", 1)
             ledger.add(proof.prove(work.artifact, loads_in_transformers(precision, spec)))
             tick()
-        name, text_of = _short_name(checkpoint.source), save.recipe_text(recipe)
+        name, text_of = short_name(checkpoint.source), save.recipe_text(recipe)
         card = model_card(name, ledger.rows, text_of, layout == "packlight" and bool(precision.grids))
         (work.artifact / "README.md").write_text(card, encoding="utf-8")
         shutil.copyfile(ledger.path, work.artifact / LEDGER_NAME)
@@ -501,7 +505,7 @@ def _open(model: str) -> Checkpoint:
 
 def _request(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a recipe says about where it starts from."""
-    source = {"name": _short_name(checkpoint.source), "sha256": save.content_hash(checkpoint)}
+    source = {"name": short_name(checkpoint.source), "sha256": save.content_hash(checkpoint)}
     return {"packlight": version("packlight"), "source": source}
 
 
@@ -521,9 +525,3 @@ def _proof_ids(checkpoint: Checkpoint) -> list[int]:
     opening = load_text().content[: 16 * PROOF_TOKENS]
     ids = load_tokenizer(checkpoint)(opening, add_special_tokens=False, verbose=False)["input_ids"]
     return list(ids[: min(PROOF_TOKENS, checkpoint.spec.max_context)])
-
-
-def _short_name(source: str) -> str:
-    """A name for cards and recipes that does not depend on where a directory lies."""
-    is_path = source.startswith((".", "/", "~")) or Path(source).exists()
-    return Path(source).resolve().name if is_path else source

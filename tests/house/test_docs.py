@@ -16,7 +16,10 @@ TABLE = re.compile(r"<!-- (table|subjects): (\S+) -->\n(.*?)<!-- end -->", re.DO
 
 
 def test_every_table_is_what_its_evidence_says() -> None:
-    pages = {page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/quantization.md")}
+    pages = {
+        page: (ROOT / page).read_text(encoding="utf-8")
+        for page in ("README.md", "docs/quantization.md", "docs/compiled.md")
+    }
     tables = [(page, *found) for page, text in pages.items() for found in TABLE.findall(text)]
     assert {page for page, *_ in tables} == set(pages)
     for page, kind, ledger, table in tables:
@@ -24,7 +27,9 @@ def test_every_table_is_what_its_evidence_says() -> None:
         assert table == write(read(ROOT / ledger)), f"{page}: make the table of {ledger} again"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/quantization.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/quantization.md", "docs/compiled.md"]
+)
 def test_files_that_are_named_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     named = re.findall(r"\]\(([\w./-]+)\)|`((?:src|tests|docs|benchmarks|evidence)/[\w./-]+)`", text)

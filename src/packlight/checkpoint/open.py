@@ -61,6 +61,12 @@ class Checkpoint:
     spec: ModelSpec
 
 
+def short_name(source: str) -> str:
+    """A name for cards and recipes that does not depend on where a directory lies."""
+    is_path = source.startswith((".", "/", "~")) or Path(source).exists()
+    return Path(source).resolve().name if is_path else source
+
+
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a checkpoint with weights: fetched and converted to a directory where need be, headers checked.
 

@@ -135,6 +135,8 @@ QUANTITIES = {
     "perplexity": Quantity("perplexity ± standard error", _as_number),
     "kl": Quantity("KL to the original, nats (predicted)", _as_rate),
     "top1": Quantity("top-1 agreement", _as_share),
+    "first_token_s": Quantity("seconds to the first token", _as_number),
+    "second_token_s": Quantity("to the second", _as_number),
     "prefill_tps": Quantity("prefill, tokens/s (predicted)", _as_rate),
     "decode_tps": Quantity("decode, tokens/s (predicted)", _as_rate),
 }

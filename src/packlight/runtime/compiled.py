@@ -1,0 +1,81 @@
+"""`--compile`: transformers' model in fixed shapes behind `torch.compile`.
+
+Two graphs are compiled, one for a chunk of a prompt and one for a token; no request, however long, makes a third. The
+compilation is lost with the process: `export --to compiled` keeps it.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InvalidCxxCompiler
+from transformers import PreTrainedModel
+
+from packlight.errors import UsageError
+from packlight.runtime.fixed_forward import FixedForward, allocate_cache
+from packlight.runtime.fixed_shapes import FixedShapeDecoder, Shapes
+
+NO_COMPILER = (
+    "compiling needs a C++ compiler and none was found: install one (Debian and Ubuntu: apt install g++; Fedora: dnf "
+    "install gcc-c++; macOS: xcode-select --install), or name it in the environment variable CXX"
+)
+
+
+class CompiledDecoder(FixedShapeDecoder):
+    """A `Decoder` whose prefill and decode are compiled when they first run, which takes minutes: see `warm_up`.
+
+    Args:
+        model: its attention is set to `grouped_sdpa`, in place.
+        shapes: what to compile for.
+        backend: of `torch.compile`; only `inductor` makes code, `eager` traces and nothing more.
+
+    Raises:
+        UsageError: an architecture that cannot be compiled in fixed shapes, or no C++ compiler.
+    """
+
+    def __init__(self, model: PreTrainedModel, shapes: Shapes, backend: str = "inductor") -> None:
+        if backend == "inductor":
+            require_compiler()
+        keys, values = allocate_cache(model, shapes)
+        compiled = torch.compile(FixedForward(model), fullgraph=True, dynamic=False, backend=backend)
+        super().__init__(shapes, compiled, compiled, keys, values)
+
+    def warm_up(self) -> float:
+        """Compile both graphs by running each once; returns the seconds that it took.
+
+        Raises:
+            UsageError: the model's code cannot be traced.
+        """
+        start = time.perf_counter()
+        try:
+            with without_torch_warnings():
+                self.prefill(torch.zeros(1, 1, dtype=torch.int64))
+                if self.shapes.context > 1:
+                    self.step(torch.zeros(1, 1, dtype=torch.int64))
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).partition("\n\n")[0].split())
+            raise UsageError(f"torch.compile cannot trace this model ({reason}): run it without --compile") from error
+        return time.perf_counter() - start
+
+
+@contextmanager
+def without_torch_warnings() -> Iterator[None]:
+    """torch's compiler warns of deprecated parts of torch that it uses itself; a user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def require_compiler() -> None:
+    """Raises UsageError where there is no C++ compiler, with how to get one."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UsageError(NO_COMPILER) from error
