@@ -38,7 +38,7 @@ from packlight.measure.size import disk_size
 from packlight.plan.allocate import allocate, options_for, stored_bytes
 from packlight.plan.layout import artifact_bytes
 from packlight.plan.recipes import fits
-from packlight.runtime.generate import sample_windows
+from packlight.runtime.complete import sample_windows
 from packlight.runtime.load import load_model
 from packlight.spec import Grid, Precision
 

@@ -47,7 +47,8 @@ KERNELS = ("float32", "bfloat16", "int8", "int4")
 OPEN_OURS = """
 import sys, time
 from packlight.checkpoint.open import open_checkpoint
-from packlight.runtime.load import load_model, load_tokenizer
+from packlight.runtime.load import load_model
+from packlight.runtime.tokenizer import load_tokenizer
 start = time.perf_counter()
 checkpoint = open_checkpoint(sys.argv[1])
 load_tokenizer(checkpoint)

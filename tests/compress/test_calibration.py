@@ -22,7 +22,7 @@ from packlight.compress.walk import Calibration, WalkResult
 from packlight.errors import TextError, UsageError
 from packlight.measure.text import calibration_text, load_text
 from packlight.plan.memory import stream_bytes
-from packlight.runtime.load import load_tokenizer
+from packlight.runtime.tokenizer import load_tokenizer
 
 IDS = list(range(1, 40))
 GPTQ: dict[str, Any] = {"method": "gptq", "bits": 3, "guided": False}

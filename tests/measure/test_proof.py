@@ -25,10 +25,11 @@ from packlight.errors import CheckpointError, ProofError
 from packlight.measure import proof
 from packlight.measure.proof import MAX_KL, PROOF_NAME, distance, read_proof, record
 from packlight.runtime import packed
-from packlight.runtime.generate import complete, prompt_ids
-from packlight.runtime.load import load_model, load_tokenizer
+from packlight.runtime.complete import complete
+from packlight.runtime.load import load_model
 from packlight.runtime.packed import PackedLinear
 from packlight.runtime.sampling import Sampling
+from packlight.runtime.tokenizer import load_tokenizer, prompt_ids
 
 ALL_INT4: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False, "embeddings": 4}
 LIMIT = MAX_KL["bfloat16"]

@@ -16,7 +16,7 @@ from packlight.checkpoint.open import open_checkpoint
 from packlight.errors import CheckpointError
 from packlight.measure.proof import MAX_KL
 from packlight.pipeline import Silent, Yardstick, evaluate
-from packlight.runtime.generate import complete
+from packlight.runtime.complete import complete
 from packlight.runtime.load import load_model
 from packlight.runtime.packed import PackedEmbedding, PackedLinear
 from packlight.runtime.sampling import Sampling

@@ -24,7 +24,7 @@ from packlight.pipeline import Silent, Yardstick, evaluate
 from packlight.runtime import bitsandbytes
 from packlight.runtime.bitsandbytes import LOADERS, check_loader, load_with, quantized, split_loader, state_bytes
 from packlight.runtime.bitsandbytes import with_loader as named
-from packlight.runtime.generate import complete
+from packlight.runtime.complete import complete
 from packlight.runtime.load import load_model
 from packlight.runtime.sampling import Sampling
 

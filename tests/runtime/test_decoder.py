@@ -17,9 +17,11 @@ from packlight.checkpoint.open import open_checkpoint
 from packlight.plan.kv_cache import KINDS
 from packlight.runtime import decoder as module
 from packlight.runtime import kv_cache
-from packlight.runtime.decoder import CachedDecoder, Decoder, UncachedDecoder, common_length, pad, prefill, step, unpad
+from packlight.runtime.decoder import Decoder
 from packlight.runtime.generate import generate
 from packlight.runtime.load import load_model
+from packlight.runtime.model_decoder import CachedDecoder, UncachedDecoder, prefill, step
+from packlight.runtime.prompts import common_length, pad, unpad
 from packlight.runtime.sampling import Sampling
 
 PROMPT = list(b"The quick brown fox jumps over the lazy dog")

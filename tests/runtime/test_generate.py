@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from packlight.checkpoint.open import open_checkpoint
 from packlight.errors import UsageError
-from packlight.runtime.decoder import CachedDecoder
-from packlight.runtime.generate import complete, generate, prompt_ids, raw_ids, stop_ids
-from packlight.runtime.load import load_model, load_tokenizer
+from packlight.runtime.complete import complete
+from packlight.runtime.generate import generate
+from packlight.runtime.load import load_model
+from packlight.runtime.model_decoder import CachedDecoder
 from packlight.runtime.sampling import Sampling, Token
+from packlight.runtime.tokenizer import load_tokenizer, prompt_ids, raw_ids, stop_ids
 
 PROMPT = list(b"The quick brown fox jumps over the lazy dog")
 CONTEXT = 256  # of the tiny model

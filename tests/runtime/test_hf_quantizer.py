@@ -22,7 +22,7 @@ from transformers.quantizers import auto
 from packlight.checkpoint.open import open_checkpoint
 from packlight.errors import CheckpointError, UsageError
 from packlight.runtime import registration
-from packlight.runtime.generate import complete
+from packlight.runtime.complete import complete
 from packlight.runtime.hf_quantizer import METHOD, PacklightConfig, PacklightQuantizer
 from packlight.runtime.load import load_model
 from packlight.runtime.packed import PackedEmbedding, PackedLinear

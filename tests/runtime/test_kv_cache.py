@@ -18,12 +18,12 @@ from packlight.checkpoint.open import open_checkpoint
 from packlight.errors import TargetError, UsageError
 from packlight.plan.kv_cache import GROUP, KINDS, RECENT, kind_bytes
 from packlight.runtime import kv_cache
-from packlight.runtime.decoder import CachedDecoder
 from packlight.runtime.kv_offloaded import OffloadedLayer
 from packlight.runtime.kv_quantized import QuantizedLayer
 from packlight.runtime.kv_sliding import SlidingLayer
 from packlight.runtime.kv_static import StaticLayer
 from packlight.runtime.load import load_model
+from packlight.runtime.model_decoder import CachedDecoder
 from packlight.spec import ModelSpec
 
 

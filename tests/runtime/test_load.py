@@ -19,8 +19,9 @@ from packlight.checkpoint.open import open_checkpoint
 from packlight.checkpoint.packed import packed_names, read_quantized
 from packlight.checkpoint.shards import SINGLE_NAME
 from packlight.errors import CheckpointError
-from packlight.runtime.load import empty_model, load_model, load_tokenizer
+from packlight.runtime.load import empty_model, load_model
 from packlight.runtime.packed import PackedEmbedding, PackedLinear
+from packlight.runtime.tokenizer import load_tokenizer
 
 TinyModel = Callable[..., Path]
 IDS = torch.randint(1, 256, (2, 40), generator=torch.Generator().manual_seed(3))

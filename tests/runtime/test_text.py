@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from packlight.checkpoint.open import open_checkpoint
-from packlight.runtime.load import load_tokenizer
 from packlight.runtime.text import TextStream, stream_text
+from packlight.runtime.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,9 @@ from packlight.evidence import Measurement
 from packlight.measure.bandwidth import free_ram_bytes
 from packlight.measure.text import calibration_text, load_text, windows
 from packlight.plan.memory import CalibrationSize, Reading, stream_bytes
-from packlight.runtime.generate import sample_windows
-from packlight.runtime.load import load_model, load_tokenizer
+from packlight.runtime.complete import sample_windows
+from packlight.runtime.load import load_model
+from packlight.runtime.tokenizer import load_tokenizer
 
 SHARE_OF_FREE_RAM = 0.25
 """Hidden states that would take more than this share of the free memory are kept on disk."""

@@ -37,10 +37,10 @@ from packlight.measure.text import load_text
 from packlight.runtime.compiled import require_compiler
 from packlight.runtime.fixed_forward import FixedForward, allocate_cache
 from packlight.runtime.fixed_shapes import Shapes
-from packlight.runtime.generate import stop_ids
-from packlight.runtime.load import load_model, load_tokenizer
+from packlight.runtime.load import load_model
 from packlight.runtime.package import GRAPHS_NAME, NOTE_NAME, WEIGHTS_NAME, FileNote, Machine, Package
 from packlight.runtime.package_decoder import DECODE, PREFILL, own_constant, this_machine
+from packlight.runtime.tokenizer import load_tokenizer, stop_ids
 from packlight.spec import DTYPE_BYTES, FLOAT_DTYPES
 
 USUAL_CONTEXT = 1024

@@ -30,8 +30,9 @@ from packlight.plan.kv_advice import PAYS, advise
 from packlight.plan.kv_cache import KVCacheKind, kind_bytes
 from packlight.plan.memory import OVERHEAD_ACTIVATIONS, OVERHEAD_BYTES, runtime_bytes
 from packlight.runtime import kv_cache
-from packlight.runtime.decoder import CachedDecoder, Decoder, UncachedDecoder, prefill, step
+from packlight.runtime.decoder import Decoder
 from packlight.runtime.load import load_model
+from packlight.runtime.model_decoder import CachedDecoder, UncachedDecoder, prefill, step
 from packlight.spec import Budget, Hardware, Precision
 
 LENGTHS = (32, 128, 256, 512, 1024)

@@ -137,8 +137,9 @@ def _open_package(path: str, prompt: str) -> tuple[Run, Run, list[int]]:
 def _open_model(way: Way, model: str, prompt: str, context: int, dtype: str | None) -> tuple[Run, Run, list[int]]:
     from packlight.checkpoint.open import open_checkpoint
     from packlight.runtime import kv_cache
-    from packlight.runtime.decoder import prefill, step
-    from packlight.runtime.load import load_model, load_tokenizer
+    from packlight.runtime.load import load_model
+    from packlight.runtime.model_decoder import prefill, step
+    from packlight.runtime.tokenizer import load_tokenizer
 
     checkpoint = open_checkpoint(model)
     ids = list(load_tokenizer(checkpoint)(prompt, verbose=False)["input_ids"])

@@ -26,8 +26,8 @@ from packlight.measure.memory import current_bytes, flush, peak_bytes
 from packlight.ops.grid import quantize
 from packlight.runtime import kv_cache
 from packlight.runtime.bitsandbytes import load_with, quantized, state_bytes
-from packlight.runtime.decoder import prefill, step
 from packlight.runtime.load import empty_model, put_
+from packlight.runtime.model_decoder import prefill, step
 from packlight.runtime.packed import PackedLinear
 from packlight.spec import Precision, TensorSpec
 

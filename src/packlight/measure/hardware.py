@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from packlight.measure.footprint import pack_linears_
 from packlight.plan.memory import PREFILL_CHUNK
 from packlight.runtime import kv_cache
-from packlight.runtime.decoder import prefill, step
+from packlight.runtime.model_decoder import prefill, step
 from packlight.spec import FLOAT_DTYPES, Grid, Hardware, KernelRate, Precision
 
 KERNELS = ("float32", "bfloat16", "int8", "int4", "reference")

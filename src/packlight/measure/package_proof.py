@@ -15,9 +15,10 @@ from packlight.errors import MeasurementError, ProofError
 from packlight.evidence import Measurement
 from packlight.measure import child
 from packlight.measure.proof import GREEDY_TOKENS, MAX_KL, distance, read_proof, record
-from packlight.runtime.generate import Sampling, generate
+from packlight.runtime.complete import complete
 from packlight.runtime.package import check_hashes, check_machine, read_package
 from packlight.runtime.package_decoder import this_machine
+from packlight.runtime.sampling import Sampling
 
 SUBJECT = "compiled package"
 
@@ -27,7 +28,7 @@ def record_model(directory: Path, model: PreTrainedModel, ids: list[int]) -> lis
     """Write `proof.json` from the model in memory; returns what it goes on with after the prompt, greedily."""
     logits = model(torch.tensor([ids]), use_cache=False).logits[0].float()  # (tokens, vocab)
     record(directory, ids, logits, {})
-    return list(generate(model, ids, Sampling(max_tokens=GREEDY_TOKENS)))
+    return list(complete(model, ids, Sampling(max_tokens=GREEDY_TOKENS)))
 
 
 def prove_package(path: Path, tokens: list[int] | None = None) -> Iterator[Measurement]:

@@ -30,7 +30,7 @@ from packlight.errors import MeasurementError, ProofError
 from packlight.evidence import Measurement
 from packlight.measure import child
 from packlight.ops.grid import tensor_digest
-from packlight.runtime.generate import complete
+from packlight.runtime.complete import complete
 from packlight.runtime.load import load_model
 from packlight.runtime.packed import PackedEmbedding, PackedLinear
 from packlight.runtime.sampling import Sampling

@@ -13,12 +13,14 @@ from packlight.checkpoint.tensors import check_architecture
 from packlight.errors import UsageError
 from packlight.plan.kv_cache import KVCacheKind
 from packlight.runtime.bitsandbytes import check_loader, load_with, split_loader
-from packlight.runtime.decoder import CachedDecoder, Decoder, UncachedDecoder
-from packlight.runtime.generate import capacity_for, generate, prompt_ids, raw_ids, stop_ids
+from packlight.runtime.complete import capacity_for
+from packlight.runtime.decoder import Decoder
+from packlight.runtime.generate import generate
 from packlight.runtime.kv_cache import held_bytes
-from packlight.runtime.load import load_tokenizer
+from packlight.runtime.model_decoder import CachedDecoder, UncachedDecoder
 from packlight.runtime.sampling import Sampling, Token
 from packlight.runtime.text import TextStream
+from packlight.runtime.tokenizer import load_tokenizer, prompt_ids, raw_ids, stop_ids
 
 
 @dataclass(frozen=True)

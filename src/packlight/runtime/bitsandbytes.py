@@ -31,9 +31,9 @@ from packlight.runtime.load import (
     empty_model,
     load_model,
     load_through_transformers,
-    quiet,
     straighten_head_input_,
 )
+from packlight.runtime.tokenizer import quiet
 from packlight.spec import FLOAT_DTYPES
 
 LOADERS = ("bnb-int8", "bnb-nf4")

@@ -7,15 +7,13 @@ place; the peak is the finished model plus one tensor.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.packed import PackedParts, packed_names, read_quantized
@@ -23,6 +21,7 @@ from packlight.checkpoint.tensors import read_tensor
 from packlight.errors import CheckpointError
 from packlight.runtime.allocator import weights_apart
 from packlight.runtime.packed import PackedEmbedding, PackedLinear, embedding_factor, tied_head
+from packlight.runtime.tokenizer import quiet
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +56,6 @@ def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreTrainedMo
     straighten_head_input_(model)
     model.eval()
     return model
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The directory's own tokenizer. Raises CheckpointError where there is none."""
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(": ")
-        raise CheckpointError(f"{checkpoint.path} has no tokenizer that transformers can read: {reason}") from error
 
 
 def empty_model(checkpoint: Checkpoint, dtype: str | None = None, **changes: int) -> PreTrainedModel:
@@ -247,16 +236,3 @@ def load_through_transformers(checkpoint: Checkpoint, dtype: str | None, **optio
             )
     model.eval()
     return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers while a model is built."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
