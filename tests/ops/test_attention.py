@@ -18,9 +18,7 @@ from packlight.ops.attention import softmax_attention, tiled_attention
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def heads(
-    tokens: int, keys: int, *, num: int = 4, kv: int = 2, width: int = 8, batch: int = 2, seed: int = 0
-) -> Heads:
+def heads(tokens: int, keys: int, *, num: int = 4, kv: int = 2, width: int = 8, batch: int = 2, seed: int = 0) -> Heads:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((batch, num, tokens, width), (batch, kv, keys, width), (batch, kv, keys, width))
     q, k, v = (torch.randn(*shape, generator=generator) for shape in shapes)

@@ -33,9 +33,7 @@ def test_the_tiled_loop_moves_what_its_formula_says(
     tokens: int, width: int, block_q: int, block_k: int, is_causal: bool
 ) -> None:
     counted = Traffic()
-    tiled_attention(
-        *one_head(tokens, width), is_causal=is_causal, traffic=counted, block_q=block_q, block_k=block_k
-    )
+    tiled_attention(*one_head(tokens, width), is_causal=is_causal, traffic=counted, block_q=block_q, block_k=block_k)
     assert counted == tiled_traffic(tokens, width, block_q, block_k, is_causal)
 
 
@@ -54,9 +52,7 @@ def test_blocks_that_a_mask_hides_are_not_loaded() -> None:
     full, windowed, additive = Traffic(), Traffic(), Traffic()
     tiled_attention(q, k, v, traffic=full, block_q=8, block_k=8)
     tiled_attention(q, k, v, window, traffic=windowed, block_q=8, block_k=8)
-    tiled_attention(
-        q, k, v, torch.where(window, 0.0, -math.inf), traffic=additive, block_q=8, block_k=8
-    )
+    tiled_attention(q, k, v, torch.where(window, 0.0, -math.inf), traffic=additive, block_q=8, block_k=8)
     assert windowed == additive
     assert full.loads == 40 * 4 + 25 * 2 * 8 * 4
     assert windowed.loads == 40 * 4 + 9 * 2 * 8 * 4  # the diagonal and the blocks left of it
