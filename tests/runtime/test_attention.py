@@ -33,6 +33,12 @@ CAPPED = "gemma2"
 TOLERANCE = 2e-5
 PADDING = 9
 
+compiles = pytest.mark.filterwarnings(
+    "ignore:_compile flag on create_block_mask:DeprecationWarning",  # how transformers calls it
+    "ignore::DeprecationWarning:torch",  # what compiling meets in torch's own modules
+    "ignore::UserWarning:torch",
+)
+
 
 @pytest.fixture(scope="session")
 def make_model(architecture_dir: ArchitectureDir, tiny_model_dir: TinyModel) -> MakeModel:
@@ -62,7 +68,7 @@ def random_ids(batch: int, tokens: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def padded_run(model: PreTrainedModel, steps: int = 3) -> torch.Tensor:
-    """Logits of a left-padded batch, prompt in two chunks and some steps, (batch, real tokens of the shorter, vocab)."""
+    """Logits of a left-padded batch, prompt in two chunks and some steps: (batch, tokens both have, vocab)."""
     ids = random_ids(2, 30)
     mask = torch.ones(2, 30 + steps, dtype=torch.int64)
     mask[1, :PADDING] = 0
@@ -301,6 +307,7 @@ def test_a_missing_package_is_named(llama: PreTrainedModel, monkeypatch: pytest.
 
 
 @pytest.mark.slow
+@compiles
 @pytest.mark.parametrize("name", ["llama", CAPPED])
 def test_flex_computes_what_eager_does(make_model: MakeModel, name: str) -> None:
     model, ids = make_model(name), random_ids(2, 40)
@@ -312,6 +319,7 @@ def test_flex_computes_what_eager_does(make_model: MakeModel, name: str) -> None
 
 
 @pytest.mark.slow
+@compiles
 def test_what_flex_cannot_compile_is_refused_or_right(llama: PreTrainedModel) -> None:
     """Decoding a left-padded batch on a CPU makes torch 2.13 write C++ that does not compile; never a wrong answer."""
     torch.compiler.reset()
