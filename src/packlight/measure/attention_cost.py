@@ -1,0 +1,150 @@
+"""What attention costs by backend and number of tokens: seconds, and peak memory beyond what was there before.
+
+Each point is measured in a child process of its own, of one layer's causal attention (`layer_cost`) or of a whole model
+that reads a prompt (`model_cost`). The peak is the highest resident memory during the call less that before it: the
+output, and with a model its KV cache and activations, are part of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from packlight.checkpoint.open import open_checkpoint
+from packlight.measure import child
+from packlight.measure.memory import current_bytes, flush, peak_bytes
+from packlight.runtime import kv_cache
+from packlight.runtime.attention import attend, use
+from packlight.runtime.load import load_model
+
+REPEATS = 5
+ENOUGH_S = 20.0
+"""No further repeat once all of them together took this long."""
+_WARM_UP_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Medians of the repeats; a spread is half the range between the lowest and the highest.
+
+    Args:
+        seconds: of one call.
+        extra_bytes: peak during the call beyond what was resident before.
+        repeats: how many calls were measured, after one at a small size to warm up.
+        first_token: what a model answers first, by its greatest logit; None of a layer.
+    """
+
+    seconds: float
+    seconds_spread: float
+    extra_bytes: float
+    extra_bytes_spread: float
+    repeats: int
+    first_token: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Heads of one layer: queries (1, num_heads, tokens, head_dim), keys and values (1, num_kv_heads, ...)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def layer_cost(
+    backend: str, tokens: int, shape: LayerShape, dtype: str = "float32", threads: int | None = None
+) -> AttentionCost:
+    """Causal attention of one layer over random queries, keys and values, its mask included where it needs one.
+
+    Args:
+        backend: any of `BACKEND_NAMES` but `flash-attn`.
+
+    Raises:
+        MeasurementError: the child failed, for instance for lack of memory.
+    """
+    request = {"backend": backend, "tokens": tokens, "shape": asdict(shape), "dtype": dtype}
+    return _ask("layer", request, threads)
+
+
+def model_cost(
+    path: Path, backend: str, ids: Sequence[int], dtype: str = "float32", threads: int | None = None
+) -> AttentionCost:
+    """A model reads a prompt in one piece, into a KV cache of just its length, and gives the logits of the next token.
+
+    Args:
+        path: a checkpoint directory.
+        ids: the prompt.
+
+    Raises:
+        MeasurementError: the child failed, for instance for lack of memory, or because the backend refuses the model.
+    """
+    return _ask("model", {"path": str(path), "backend": backend, "ids": list(ids), "dtype": dtype}, threads)
+
+
+def _ask(kind: str, request: dict[str, Any], threads: int | None) -> AttentionCost:
+    answer = child.ask(["-m", "packlight.measure.attention_cost"], {"kind": kind, **request}, threads)
+    return AttentionCost(**answer)
+
+
+def _layer(backend: str, tokens: int, shape: dict[str, int], dtype: str) -> AttentionCost:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(num_heads: int, length: int) -> torch.Tensor:
+        values = torch.randn(1, num_heads, length, shape["head_dim"], generator=generator)
+        return values.to(getattr(torch, dtype))
+
+    def attention(length: int) -> Callable[[], torch.Tensor]:
+        kv = shape["num_kv_heads"]
+        q, k, v = random(shape["num_heads"], length), random(kv, length), random(kv, length)
+        return lambda: attend(backend, q, k, v)
+
+    with torch.inference_mode():
+        attention(min(tokens, _WARM_UP_TOKENS))()
+        return _measured(attention(tokens))
+
+
+def _model(path: str, backend: str, ids: list[int], dtype: str) -> AttentionCost:
+    model = load_model(open_checkpoint(path), dtype)
+
+    def read(prompt: torch.Tensor) -> int:
+        cache = kv_cache.allocate(model.config, prompt.shape[1])
+        logits = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return int(logits[0, -1].argmax())
+
+    prompt = torch.tensor([ids])
+    with use(model, backend), torch.inference_mode():
+        read(prompt[:, :_WARM_UP_TOKENS])
+        return _measured(lambda: read(prompt))
+
+
+def _measured(call: Callable[[], Any]) -> AttentionCost:
+    seconds: list[float] = []
+    peaks: list[int] = []
+    result: Any = None
+    while len(seconds) < REPEATS and sum(seconds) < ENOUGH_S:
+        result = None
+        flush()
+        before, start = current_bytes(), time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - start)
+        peaks.append(peak_bytes() - before)
+    return AttentionCost(
+        seconds=statistics.median(seconds),
+        seconds_spread=(max(seconds) - min(seconds)) / 2,
+        extra_bytes=statistics.median(peaks),
+        extra_bytes_spread=(max(peaks) - min(peaks)) / 2,
+        repeats=len(seconds),
+        first_token=result if isinstance(result, int) else None,
+    )
+
+
+if __name__ == "__main__":
+    asked = child.request()
+    measure = {"layer": _layer, "model": _model}[asked.pop("kind")]
+    child.answer(asdict(measure(**asked)))
