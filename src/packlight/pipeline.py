@@ -61,8 +61,9 @@ from packlight.plan.recipes import (
 )
 from packlight.report.card import model_card
 from packlight.runtime.allocator import weights_apart
-from packlight.runtime.bitsandbytes import check_loader, load_with, split_loader
+from packlight.runtime.bitsandbytes import check_loader, load_with
 from packlight.runtime.complete import SAMPLED_TOGETHER
+from packlight.runtime.loader import split_loader
 from packlight.runtime.package import is_package
 from packlight.runtime.tokenizer import load_tokenizer
 from packlight.spec import FLOAT_DTYPES, Budget, Hardware, Precision, format_size

@@ -22,10 +22,11 @@ from packlight.errors import CheckpointError, MissingExtraError, UsageError
 from packlight.measure.footprint import footprint, random_layer_model
 from packlight.pipeline import Silent, Yardstick, evaluate
 from packlight.runtime import bitsandbytes
-from packlight.runtime.bitsandbytes import LOADERS, check_loader, load_with, quantized, split_loader, state_bytes
-from packlight.runtime.bitsandbytes import with_loader as named
+from packlight.runtime.bitsandbytes import check_loader, load_with, quantized, state_bytes
 from packlight.runtime.complete import complete
 from packlight.runtime.load import load_model
+from packlight.runtime.loader import LOADERS, split_loader
+from packlight.runtime.loader import with_loader as named
 from packlight.runtime.sampling import Sampling
 
 IN_MEMORY = r"bytes in memory: quantized by bitsandbytes [\d.]+ while it is loaded, nothing is on disk"
@@ -199,7 +200,7 @@ def test_without_bitsandbytes_nothing_is_read(
         pytest.fail("a weight was read")
 
     monkeypatch.setattr("packlight.pipeline.load_with", read)
-    monkeypatch.setattr("packlight.runtime.answer.load_with", read)
+    monkeypatch.setattr("packlight.runtime.model_answer.load_with", read)
     tiny = tiny_model_dir()
     line = ["eval", tiny, f"{tiny}@bnb-int8"] if verb == "eval" else ["generate", f"{tiny}@bnb-int8", "--prompt", "hi"]
     says = "loading with bnb-int8 needs bitsandbytes, which is not installed: pip install 'packlight[bnb]'"

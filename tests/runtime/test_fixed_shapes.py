@@ -63,6 +63,11 @@ def test_logits_are_those_of_transformers(
 
 
 @pytest.fixture
+def tiny(tiny_model_dir: Callable[..., Path]) -> PreTrainedModel:
+    return load_model(open_checkpoint(tiny_model_dir(tied=False)))
+
+
+@pytest.fixture
 def decoder(tiny_model_dir: Callable[..., Path]) -> FixedShapeDecoder:
     return eager_decoder(load_model(open_checkpoint(tiny_model_dir(tied=False))), SHAPES)
 
@@ -166,3 +171,25 @@ def test_a_class_that_is_no_single_graph_is_refused(
     monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
     with pytest.raises(UsageError, match="does not write LlamaForCausalLM as one graph"):
         check_architecture(model)
+
+
+def test_whole_chunks_that_prompts_have_in_common_are_computed_once(tiny: PreTrainedModel) -> None:
+    """The third prompt parts from the second inside a chunk, the fourth begins anew."""
+    decoder = eager_decoder(tiny, Shapes(1, 100, 8))
+    first = list(range(1, 31))
+    for prompt, reused in ((first, 0), ([*first, 5, 6], 24), ([*first[:20], 9], 16), ([7, 8, 9], 0)):
+        found = decoder.prefill(torch.tensor([prompt]))
+        assert decoder.reused == reused
+        torch.testing.assert_close(found, eager_decoder(tiny, Shapes(1, 100, 8)).prefill(torch.tensor([prompt])))
+        decoder.step(torch.tensor([[3]]))
+
+
+def test_a_freed_decoder_holds_nothing_and_begins_anew(tiny: PreTrainedModel) -> None:
+    decoder = eager_decoder(tiny, Shapes(1, 100, 8))
+    wanted = decoder.prefill(torch.tensor([[1, 2, 3]]))
+    assert decoder.cache_bytes() > 0
+    for _ in range(2):
+        decoder.free()
+        assert decoder.cache_bytes() == 0
+    torch.testing.assert_close(decoder.prefill(torch.tensor([[1, 2, 3]])), wanted)
+    assert decoder.cache_bytes() > 0 and decoder.reused == 0

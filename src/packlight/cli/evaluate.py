@@ -50,7 +50,7 @@ def evaluate(
     """
     from packlight.pipeline import Yardstick
     from packlight.pipeline import evaluate as run
-    from packlight.runtime.bitsandbytes import with_loader
+    from packlight.runtime.loader import with_loader
 
     if method is not None and len(models) == 1:
         raise UsageError(f"--method is for every MODEL but the first: write {models[0]} twice, or MODEL@{method}")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from packlight.cli import options
-from packlight.cli.output import print_json
+from packlight.cli.output import complain, print_json
 from packlight.errors import UsageError
+from packlight.plan.attention import AUTO, BACKEND_NAMES
 from packlight.plan.kv_cache import KINDS, KVCacheKind
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ def generate(
     ] = "static",
     window: Annotated[int | None, typer.Option("--window", help="Tokens that a sliding KV cache keeps.", min=1)] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute all tokens again at every step.")] = False,
+    attention: Annotated[
+        str, typer.Option("--attention", help="How attention is computed.", metavar="|".join(BACKEND_NAMES))
+    ] = AUTO,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model first, which takes a minute or more.")
+    ] = False,
     method: options.Loader = None,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -66,10 +73,12 @@ def generate(
       packlight generate demo --prompt "Once upon a time" --raw --kv-cache int4 --stop "."
 
       packlight generate demo@bnb-nf4 --prompt "Once upon a time" --raw
+
+      packlight generate build/demo-compiled --prompt "What is the capital of France?"
     """
     _check(prompt, system, seed, logprobs, json)
-    from packlight.runtime.answer import Remembering, converse
-    from packlight.runtime.bitsandbytes import with_loader
+    from packlight.runtime.answer import Engine, converse
+    from packlight.runtime.loader import with_loader
     from packlight.runtime.sampling import Sampling
 
     sampling = Sampling(
@@ -83,10 +92,12 @@ def generate(
         stop=tuple(stop or ()),
         logprobs=logprobs,
     )
-    remembering = Remembering(_kind(kv_cache, no_cache), window)
+    engine = Engine(_kind(kv_cache, no_cache), window, _backend(attention), compile)
     model = with_loader(model, method)
     start = time.monotonic()
-    made, ids = converse(model, prompt, sampling, raw, system, remembering, threads)
+    made, ids = converse(model, prompt, sampling, raw, system, engine, threads)
+    if compile:
+        _warm_up(made)
     pieces = made.ask(ids)
     if json:
         for _ in pieces:
@@ -122,6 +133,20 @@ def _kind(name: str, no_cache: bool) -> KVCacheKind | None:
     raise UsageError(f"--kv-cache is one of {', '.join(KINDS)}, not {name!r}")
 
 
+def _backend(name: str) -> str:
+    if name not in BACKEND_NAMES:
+        raise UsageError(f"--attention is one of {', '.join(BACKEND_NAMES)}, not {name!r}")
+    return name
+
+
+def _warm_up(made: Conversation) -> None:
+    from packlight.runtime.compiled import CompiledDecoder
+
+    assert isinstance(made.decoder, CompiledDecoder)
+    complain("compiling the model for this process, which takes a minute or more ...")
+    complain(f"compiled in {made.decoder.warm_up():.1f} s; packlight export --to compiled keeps what this makes")
+
+
 def _stream(pieces: Iterator[tuple[int, str]]) -> None:
     for _, piece in pieces:
         print(piece, end="", flush=True)
@@ -130,7 +155,7 @@ def _stream(pieces: Iterator[tuple[int, str]]) -> None:
 
 def _document(model: str, prompts: list[str], made: Conversation, seconds: float) -> dict[str, Any]:
     answers = [_answer(prompt, answer) for prompt, answer in zip(prompts, made.answers, strict=True)]
-    shared = {"seconds": seconds, "reused_tokens": made.decoder.reused, "kv_cache_bytes": made.cache_bytes}
+    shared = {"seconds": seconds, "reused_tokens": made.decoder.reused, "kv_cache_bytes": made.decoder.cache_bytes()}
     if len(answers) == 1:
         return {"model": model, **answers[0], **shared}
     return {"model": model, "answers": answers, **shared}

@@ -82,7 +82,7 @@ def quantize(
     from packlight.compress.registry import build
     from packlight.measure.text import load_text
     from packlight.pipeline import quantize as run
-    from packlight.runtime.bitsandbytes import LOADERS
+    from packlight.runtime.loader import LOADERS
 
     if method in LOADERS:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""From a model's name and prompts to text, in one call."""
+"""Prompts -> answers as text, with any decoder; and from a model's name to that, in one call."""
 
 from __future__ import annotations
 
@@ -6,41 +6,48 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from packlight.checkpoint.open import open_checkpoint
-from packlight.checkpoint.tensors import check_architecture
 from packlight.errors import UsageError
+from packlight.plan.attention import AUTO
 from packlight.plan.kv_cache import KVCacheKind
-from packlight.runtime.bitsandbytes import check_loader, load_with, split_loader
-from packlight.runtime.complete import capacity_for
 from packlight.runtime.decoder import Decoder
 from packlight.runtime.generate import generate
-from packlight.runtime.kv_cache import held_bytes
-from packlight.runtime.model_decoder import CachedDecoder, UncachedDecoder
+from packlight.runtime.package import is_package
 from packlight.runtime.sampling import Sampling, Token
 from packlight.runtime.text import TextStream
-from packlight.runtime.tokenizer import load_tokenizer, prompt_ids, raw_ids, stop_ids
+from packlight.runtime.tokenizer import prompt_ids, raw_ids, read_tokenizer
 
 
 @dataclass(frozen=True)
-class Remembering:
-    """What is kept of earlier tokens.
+class Engine:
+    """How a model is run.
 
     Args:
-        kind: of the KV cache; None computes every token again at each step.
+        kv_cache: what is kept of earlier tokens; None computes every token again at each step.
         window: tokens that a sliding cache keeps.
+        attention: one of `plan.attention.BACKEND_NAMES`.
+        is_compiled: compile the model first, in fixed shapes; it brings its own cache and its own attention.
 
     Raises:
-        UsageError: a window without a sliding cache.
+        UsageError: choices that exclude each other.
     """
 
-    kind: KVCacheKind | None = "static"
+    kv_cache: KVCacheKind | None = "static"
     window: int | None = None
+    attention: str = AUTO
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.kind != "sliding":
+        if self.window is not None and self.kv_cache != "sliding":
             raise UsageError("a window belongs to the sliding KV cache: choose that kind, or leave the window out")
+        if self.is_compiled and (self.kv_cache != "static" or self.attention != AUTO):
+            raise UsageError("a compiled model has a static KV cache and its own attention: leave those choices out")
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing was chosen: what a package, where everything is decided, can be asked for."""
+        return self == Engine()
 
 
 @dataclass
@@ -66,7 +73,7 @@ class Answer:
 
 
 class Conversation:
-    """A model, its tokenizer and a decoder, which answers prompts one batch after the other.
+    """A decoder and a tokenizer, which answer prompts one batch after the other.
 
     The decoder is kept from one batch to the next, so that what their prompts begin with in common is computed once.
     """
@@ -85,7 +92,7 @@ class Conversation:
         """
         streams = [TextStream(self.tokenizer, self.sampling.stop) for _ in prompts]
         self.answers = [Answer(list(prompt), self.sampling.max_tokens) for prompt in prompts]
-        pieces: list[str] = [""] * len(prompts)
+        pieces = [""] * len(prompts)
 
         def until(row: int, token: int) -> bool:
             pieces[row] = streams[row].push(token)
@@ -100,12 +107,6 @@ class Conversation:
             yield from self._give(row, stream.finish())
             self.answers[row].is_stopped = stream.is_stopped
 
-    @property
-    def cache_bytes(self) -> int | None:
-        """Bytes that the KV cache holds now; None where there is none."""
-        cache = self.decoder.cache if isinstance(self.decoder, CachedDecoder) else None
-        return None if cache is None else held_bytes(cache)
-
     def _give(self, row: int, piece: str) -> Iterator[tuple[int, str]]:
         if piece:
             self.answers[row].text += piece
@@ -118,44 +119,37 @@ def converse(
     sampling: Sampling,
     is_raw: bool = False,
     system: str | None = None,
-    remembering: Remembering | None = None,
+    engine: Engine | None = None,
     threads: int | None = None,
 ) -> tuple[Conversation, list[list[int]]]:
     """Open a model for some prompts; returns the conversation and the prompts as tokens, to be asked with `ask`.
 
     Args:
-        model: anything `open_checkpoint` takes, with or without a loader behind it (`demo@bnb-nf4`).
+        model: a compiled package, or anything `open_checkpoint` takes, with or without a loader behind it
+            (`demo@bnb-nf4`).
         is_raw: continue the prompts as they are, without the chat template.
         system: what the model is told before each prompt.
         threads: threads to compute with; None leaves torch's choice.
 
     Raises:
         UsageError: bad input, or a prompt that does not fit the model's context.
-        MissingExtraError: the loader's library is absent.
+        MissingExtraError: the library of the loader or of the attention backend is absent.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    source, loader = split_loader(model)
-    checkpoint = open_checkpoint(source)
-    check_architecture(checkpoint.config)
-    check_loader(checkpoint, loader)
-    tokenizer = load_tokenizer(checkpoint)
+    engine = engine or Engine()
     encode = raw_ids if is_raw else prompt_ids
-    ids = [encode(tokenizer, prompt, system) for prompt in prompts]
-    loaded = load_with(checkpoint, loader)
-    decoder = decoder_for(loaded, ids, sampling, remembering or Remembering())
-    return Conversation(decoder, tokenizer, stop_ids(loaded, tokenizer), sampling), ids
+    if is_package(model):
+        if not engine.is_default:
+            raise UsageError(f"{model} is a compiled package: cache and attention were decided when it was made")
+        from packlight.runtime.package_decoder import load_package
 
+        package = load_package(model)
+        tokenizer = read_tokenizer(package.tokenizer_dir)
+        ids = [encode(tokenizer, prompt, system) for prompt in prompts]
+        return Conversation(package, tokenizer, package.stop_ids, sampling), ids
+    from packlight.runtime.model_answer import open_model  # a package needs none of transformers' models
 
-def decoder_for(
-    model: PreTrainedModel, prompts: Sequence[list[int]], sampling: Sampling, remembering: Remembering
-) -> Decoder:
-    """A decoder with room for these prompts and their answers.
-
-    Raises:
-        UsageError: a prompt does not fit the model's context, or the kind of cache does not fit the model.
-    """
-    capacity = capacity_for(model.config, prompts, sampling)
-    if remembering.kind is None:
-        return UncachedDecoder(model)
-    return CachedDecoder(model, capacity, remembering.kind, remembering.window)
+    opened = open_model(model)
+    ids = [encode(opened.tokenizer, prompt, system) for prompt in prompts]
+    return Conversation(opened.decoder(ids, sampling, engine), opened.tokenizer, opened.stops, sampling), ids

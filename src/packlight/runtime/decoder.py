@@ -30,5 +30,9 @@ class Decoder(Protocol):
         ...
 
     def free(self) -> None:
-        """Forget everything and give the memory back."""
+        """Forget everything and give the memory back; the next `prefill` begins anew."""
+        ...
+
+    def cache_bytes(self) -> int:
+        """Bytes of memory that the KV cache holds now."""
         ...

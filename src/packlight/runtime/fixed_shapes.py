@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from packlight.errors import UsageError
+from packlight.runtime.decoder import Decoder
+from packlight.runtime.prompts import common_length
 
 Forward = Callable[..., torch.Tensor]
 """`forward(ids, start, padding, last, keys, values) -> logits (batch, vocab)`, see `FixedForward.forward`."""
@@ -49,8 +51,10 @@ class Shapes:
         return math.ceil(self.context / self.chunk) * self.chunk
 
 
-class FixedShapeDecoder:
+class FixedShapeDecoder(Decoder):
     """A `Decoder` over forwards of fixed shapes.
+
+    What prompts have in common with the tokens in the cache is not computed again, in whole chunks.
 
     Args:
         shapes: what they are fixed to.
@@ -67,9 +71,12 @@ class FixedShapeDecoder:
         self.capacity: int | None = shapes.context
         self._forwards = prefill, decode
         self._keys, self._values = keys, values
+        self._forms: list[tuple[tuple[int, ...], torch.dtype]] = []
         self._padding = torch.zeros(shapes.batch, dtype=torch.int64)
         self._num_sequences = 0
+        self._seen: list[list[int]] = []
         self.length = 0
+        self.reused = 0
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -94,9 +101,12 @@ class FixedShapeDecoder:
                 f"{num_sequences} sequences were given and at most {self.shapes.batch} fit: make it for more"
             )
         self._check_room(num_tokens)
-        self._num_sequences, self.length = num_sequences, 0
+        self._allocate()
         self._padding = self._padded_rows(_left_padding(ids, mask))
-        for start in range(0, num_tokens, self.shapes.chunk):
+        rows = [] if bool(self._padding.any()) else ids.tolist()
+        self.reused = self.length = self._common(rows)
+        self._num_sequences, self._seen = num_sequences, rows
+        for start in range(self.length, num_tokens, self.shapes.chunk):
             part = ids[:, start : start + self.shapes.chunk]
             whole = torch.zeros(self.shapes.batch, self.shapes.chunk, dtype=torch.int64)
             whole[:num_sequences, : part.shape[1]] = part
@@ -113,8 +123,34 @@ class FixedShapeDecoder:
         if tuple(ids.shape) != (self._num_sequences, 1):
             raise UsageError(f"a step takes {self._num_sequences} tokens, one per sequence, not {tuple(ids.shape)}")
         self._check_room(self.length + 1)
+        for row, token in zip(self._seen, ids[:, 0].tolist(), strict=False):  # nothing is kept behind padding
+            row.append(token)
         # NOTE a trap: a graph of a package reads memory as it was compiled to, and does not look at strides and dtypes.
         return self._run(self._forwards[1], self._padded_rows(ids).to(torch.int64).contiguous(), 1)
+
+    def free(self) -> None:
+        self._seen, self._num_sequences, self.length, self.reused = [], 0, 0, 0
+        self._forms = [(tuple(tensor.shape), tensor.dtype) for tensor in (*self._keys, *self._values)] or self._forms
+        self._keys, self._values = [], []
+
+    def cache_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
+
+    @torch.no_grad()  # NOTE a trap: tensors made in inference mode cannot be written by an exported graph
+    def _allocate(self) -> None:
+        """The cache again, where it was freed."""
+        if self._keys:
+            return
+        with torch.inference_mode(False):
+            made = [torch.zeros(shape, dtype=dtype) for shape, dtype in self._forms]
+        self._keys, self._values = made[: len(made) // 2], made[len(made) // 2 :]
+
+    def _common(self, rows: list[list[int]]) -> int:
+        """Tokens that the cache holds already for all of `rows`, whole chunks of them."""
+        if len(rows) != len(self._seen) or not rows:
+            return 0
+        common = common_length([*rows, *([*row, -1] for row in self._seen)])
+        return common // self.shapes.chunk * self.shapes.chunk
 
     def _run(self, forward: Forward, ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
         start, last = torch.tensor(self.length), torch.tensor([num_tokens - 1])

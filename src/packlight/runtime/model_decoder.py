@@ -66,6 +66,9 @@ class CachedDecoder(Decoder):
     def free(self) -> None:
         self.cache, self.mask, self._seen, self.reused = None, None, [], 0
 
+    def cache_bytes(self) -> int:
+        return 0 if self.cache is None else kv_cache.held_bytes(self.cache)
+
     def _run(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.cache is not None
         return prefill(self.model, ids, self.cache, self.mask, self.window, self._takes_positions)
@@ -129,6 +132,9 @@ class UncachedDecoder(Decoder):
 
     def free(self) -> None:
         self.ids = self.mask = None
+
+    def cache_bytes(self) -> int:
+        return 0
 
     @torch.inference_mode()
     def _run(self) -> torch.Tensor:

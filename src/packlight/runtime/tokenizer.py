@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -18,13 +19,18 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The directory's own tokenizer. Raises CheckpointError where there is none."""
+    """The checkpoint's own tokenizer. Raises CheckpointError where there is none."""
+    return read_tokenizer(checkpoint.path)
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory. Raises CheckpointError where there is none."""
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
+            return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(": ")
-        raise CheckpointError(f"{checkpoint.path} has no tokenizer that transformers can read: {reason}") from error
+        raise CheckpointError(f"{directory} has no tokenizer that transformers can read: {reason}") from error
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> list[int]:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from packlight.checkpoint.open import open_checkpoint
 from packlight.plan.kv_cache import KINDS
-from packlight.runtime import decoder as module
 from packlight.runtime import kv_cache
+from packlight.runtime import model_decoder as module
 from packlight.runtime.decoder import Decoder
 from packlight.runtime.generate import generate
 from packlight.runtime.load import load_model
