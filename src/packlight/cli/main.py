@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from packlight.cli import demo, evaluate, fit, generate, plan, prove, quantize, report
+from packlight.cli import demo, evaluate, fit, generate, lab, plan, prove, quantize, report
 from packlight.cli.output import complain
 from packlight.errors import PacklightError
 
@@ -30,6 +30,7 @@ app.command("generate")(generate.generate)
 app.command("prove")(prove.prove)
 app.command("report")(report.report)
 app.command("demo")(demo.demo)
+app.add_typer(lab.app)
 
 
 @app.callback(invoke_without_command=True)

@@ -146,5 +146,6 @@ def _measured(call: Callable[[], Any]) -> AttentionCost:
 
 if __name__ == "__main__":
     asked = child.request()
-    measure = {"layer": _layer, "model": _model}[asked.pop("kind")]
-    child.answer(asdict(measure(**asked)))
+    is_layer = asked.pop("kind") == "layer"
+    cost = _layer(**asked) if is_layer else _model(**asked)
+    child.answer(asdict(cost))
