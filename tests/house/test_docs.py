@@ -12,6 +12,7 @@ from packlight.report.table import markdown_by_subject, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+WITH_TABLES = ("README.md", "docs/quantization.md", "docs/compiled.md")
 TABLE = re.compile(r"<!-- (table|subjects): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 

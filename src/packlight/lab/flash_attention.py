@@ -34,7 +34,8 @@ from packlight.ops.attention_traffic import (
 )
 from packlight.runtime.attention import model_case
 from packlight.runtime.attention_case import check_case
-from packlight.runtime.load import empty_model, load_tokenizer
+from packlight.runtime.load import empty_model
+from packlight.runtime.tokenizer import load_tokenizer
 from packlight.spec import ModelSpec
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
