@@ -62,6 +62,7 @@ from packlight.plan.recipes import (
 from packlight.report.card import model_card
 from packlight.runtime.allocator import weights_apart
 from packlight.runtime.bitsandbytes import check_loader, load_with
+from packlight.runtime.compiled import compile_body_
 from packlight.runtime.complete import SAMPLED_TOGETHER
 from packlight.runtime.loader import split_loader
 from packlight.runtime.package import is_package
@@ -251,14 +252,23 @@ def quantize(
     return Made(out, rows)
 
 
-def evaluate(models: Sequence[str], yardstick: Yardstick, watcher: Watcher, threads: int | None = None) -> Compared:
+def evaluate(
+    models: Sequence[str],
+    yardstick: Yardstick,
+    watcher: Watcher,
+    threads: int | None = None,
+    is_compiled: bool = False,
+) -> Compared:
     """Measure any number of checkpoints on the same tokens; the first is the reference for KL and top-1.
 
     Memory and speed are those of one user with a cache of one window. A model may name a loader that quantizes it on
     the fly, as in `demo@bnb-nf4`; its bytes are those in memory.
 
+    Args:
+        is_compiled: compile each model for the windows of the text first; speed and memory stay those of eager models.
+
     Raises:
-        UsageError: bad input, or models whose vocabularies differ.
+        UsageError: bad input, no C++ compiler where one is needed, or models whose vocabularies differ.
         MissingExtraError: a loader's library is absent.
     """
     sources = [split_loader(model) for model in models]
@@ -278,7 +288,7 @@ def evaluate(models: Sequence[str], yardstick: Yardstick, watcher: Watcher, thre
     reference: Reference | None = None
     for model, checkpoint, (_, loader) in zip(models, opened, sources, strict=True):
         # Quality first: what is wrong with a checkpoint shows when it is loaded, here in a sentence of its own.
-        quality, reference = _quality(checkpoint, model, cut, note, reference, watcher, loader)
+        quality, reference = _quality(checkpoint, model, cut, note, reference, watcher, loader, is_compiled)
         tick = watcher.stage(f"speed and memory of {model}", 1)
         measured = footprint(checkpoint.path, len(cut[0]), threads=threads, loader=loader)
         tick()
@@ -469,11 +479,14 @@ def _quality(
     reference: Reference | None,
     watcher: Watcher,
     loader: str | None = None,
+    is_compiled: bool = False,
 ) -> tuple[list[Measurement], Reference]:
     if damaged := next((name for name, entry in checkpoint.index.items() if has_nan(entry)), None):
         raise CheckpointError(f"{checkpoint.source} holds a NaN or an infinity in {damaged}: download it again")
     tick = watcher.stage(f"quality of {subject}", len(cut))
     model = load_with(checkpoint, loader)
+    if is_compiled:
+        compile_body_(model, len(cut[0]))
     if reference is None:
         quality, reference = evaluate_reference(model, cut, tick)
     else:

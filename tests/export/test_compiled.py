@@ -185,3 +185,33 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     save_architecture(name, tmp_path / name)
     export(tmp_path / name, tmp_path / "compiled")
     assert rows_of(tmp_path / "compiled")["greedy_agreement"] == 1
+
+
+def test_generate_takes_a_package_as_it_takes_a_model(package_dir: Path, tiny: Path) -> None:
+    words = [
+        "--raw",
+        "--max-tokens",
+        8,
+        "--prompt",
+        "The quick",
+        "--prompt",
+        "brown fox jumps",
+        "--stop",
+        "zz",
+        "--json",
+    ]
+    found, wanted = (json.loads(call("generate", model, *words).out) for model in (package_dir, tiny))
+    assert found["answers"] == wanted["answers"]
+    assert found["kv_cache_bytes"] > 0
+
+
+def test_what_a_package_has_decided_cannot_be_chosen_again(package_dir: Path) -> None:
+    for words in (["--kv-cache", "int8"], ["--attention", "eager"], ["--compile"], ["--no-cache"]):
+        ended = call("generate", package_dir, "--prompt", "hi", *words)
+        assert_one_sentence(ended, says="is a compiled package: cache and attention were decided when it was made")
+    assert_one_sentence(call("generate", package_dir, "--raw", "--prompt", "long " * 20), says="shorten the prompt")
+
+
+def test_three_prompts_are_more_than_a_package_for_two(package_dir: Path) -> None:
+    ended = call("generate", package_dir, *(word for text in "abc" for word in ("--prompt", text)))
+    assert_one_sentence(ended, says="3 sequences were given and at most 2 fit")

@@ -12,7 +12,7 @@ from torch._inductor import config
 
 from packlight.checkpoint.open import open_checkpoint
 from packlight.errors import UsageError
-from packlight.runtime.compiled import CompiledDecoder
+from packlight.runtime.compiled import CompiledDecoder, compile_body_
 from packlight.runtime.fixed_forward import eager_decoder
 from packlight.runtime.fixed_shapes import Shapes
 from packlight.runtime.load import load_model
@@ -55,3 +55,16 @@ def test_a_missing_compiler_is_named_with_its_remedy(tiny_model_dir: Callable[..
         pytest.raises(UsageError, match=r"needs a C\+\+ compiler and none was found: install one"),
     ):
         CompiledDecoder(model, SHAPES)
+
+
+def test_a_body_is_compiled_for_one_length_and_left_alone_for_others(tiny_model_dir: Callable[..., Path]) -> None:
+    torch.compiler.reset()
+    counters.clear()
+    plain = load_model(open_checkpoint(tiny_model_dir(tied=True)))
+    model = load_model(open_checkpoint(tiny_model_dir(tied=True)))
+    compile_body_(model, 20, backend="eager")
+    for tokens, graphs in ((7, 0), (20, 1), (20, 1), (8, 1)):
+        ids = torch.randint(1, 256, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.inference_mode():
+            torch.testing.assert_close(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+        assert counters["stats"]["unique_graphs"] == graphs

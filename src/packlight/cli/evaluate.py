@@ -30,6 +30,9 @@ def evaluate(
     context: options.Window = 512,
     tokens: options.Tokens = 8192,
     method: options.Loader = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile each model first; pays for long texts only.")
+    ] = False,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -56,7 +59,7 @@ def evaluate(
         raise UsageError(f"--method is for every MODEL but the first: write {models[0]} twice, or MODEL@{method}")
     models = [*models[:1], *(with_loader(model, method) for model in models[1:])]
     with progress(quiet) as shown:
-        compared = run(models, Yardstick(data, context, tokens), shown, threads)
+        compared = run(models, Yardstick(data, context, tokens), shown, threads, compile)
     if json:
         rows = [_fields(model, compared.rows[place]) for place, model in enumerate(models)]
         print_json({"text": compared.text, "tokens": compared.num_tokens, "context": compared.context, "rows": rows})

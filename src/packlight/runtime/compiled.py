@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -61,6 +62,33 @@ class CompiledDecoder(FixedShapeDecoder):
             reason = " ".join(str(error).partition("\n\n")[0].split())
             raise UsageError(f"torch.compile cannot trace this model ({reason}): run it without --compile") from error
         return time.perf_counter() - start
+
+
+def compile_body_(model: PreTrainedModel, tokens: int, backend: str = "inductor") -> None:
+    """Compile a model without its head, in place, for one sequence of `tokens` tokens; other lengths run as before.
+
+    The first call of that length compiles, which takes a minute or more.
+
+    Args:
+        backend: of `torch.compile`, as for `CompiledDecoder`.
+
+    Raises:
+        UsageError: no C++ compiler.
+    """
+    if backend == "inductor":
+        require_compiler()
+    body = model.base_model
+    plain = body.forward
+    compiled = torch.compile(plain, dynamic=False, backend=backend)
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        ids = arguments[0] if arguments else options["input_ids"]
+        if tuple(ids.shape) != (1, tokens):
+            return plain(*arguments, **options)
+        with without_torch_warnings():
+            return compiled(*arguments, **options)
+
+    body.forward = forward
 
 
 @contextmanager
