@@ -3,34 +3,52 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from packlight.evidence import read
-from packlight.report.table import markdown_by_subject, markdown_table
+from packlight.evidence import Measurement, read
+from packlight.lab import flash_attention_report, kv_cache_figures
+from packlight.plan.attention import BACKENDS
+from packlight.report.table import markdown_by_subject, markdown_rows, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WITH_TABLES = ("README.md", "docs/quantization.md", "docs/compiled.md")
-TABLE = re.compile(r"<!-- (table|subjects): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+)
+TABLE = re.compile(r"<!-- (table|subjects|rows|kv-cache|flash-attention): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+WRITERS: dict[str, Callable[[list[Measurement]], str]] = {
+    "table": markdown_table,
+    "subjects": markdown_by_subject,
+    "rows": markdown_rows,
+    "kv-cache": lambda rows: "\n".join(table.markdown() for table in kv_cache_figures.tables(rows)),
+    "flash-attention": flash_attention_report.markdown,
+}
 
 
 def test_every_table_is_what_its_evidence_says() -> None:
-    pages = {
-        page: (ROOT / page).read_text(encoding="utf-8")
-        for page in ("README.md", "docs/quantization.md", "docs/compiled.md")
-    }
+    pages = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
     tables = [(page, *found) for page, text in pages.items() for found in TABLE.findall(text)]
-    assert {page for page, *_ in tables} == set(pages)
+    assert {kind for _, kind, *_ in tables} == set(WRITERS)
     for page, kind, ledger, table in tables:
-        write = markdown_table if kind == "table" else markdown_by_subject
-        assert table == write(read(ROOT / ledger)), f"{page}: make the table of {ledger} again"
+        assert table == WRITERS[kind](read(ROOT / ledger)), f"{page}: make the table of {ledger} again"
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/quantization.md", "docs/compiled.md"]
-)
+def test_the_attention_backends_are_those_of_the_code() -> None:
+    text = (ROOT / "docs/attention.md").read_text(encoding="utf-8")
+    assert f"<!-- backends -->\n{backends_table()}<!-- end -->" in text
+
+
+def backends_table() -> str:
+    """The table of the page."""
+    lines = ["| name | what it is | what it refuses |", "|---|---|---|"]
+    lines += [f"| `{each.name}` | {each.summary} | {each.refuses} |" for each in BACKENDS]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     named = re.findall(r"\]\(([\w./-]+)\)|`((?:src|tests|docs|benchmarks|evidence)/[\w./-]+)`", text)
@@ -42,5 +60,5 @@ def test_files_that_are_named_exist(page: str) -> None:
 def test_every_verb_is_in_the_readme() -> None:
     from packlight.cli.main import app
 
-    for command in app.registered_commands:
+    for command in [*app.registered_commands, *app.registered_groups]:
         assert re.search(rf"packlight {command.name}\b|make {command.name}\b", README), command.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from packlight.evidence import Measurement
 from packlight.spec import format_size
@@ -71,6 +71,18 @@ def markdown_table(rows: Sequence[Measurement], names: Sequence[str] | None = No
         "|---|" + "---:|" * len(grid.subjects),
         *(_markdown_line(label, cells) for label, cells in grid.rows),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_rows(rows: Sequence[Measurement]) -> str:
+    """A line for each row, whatever its name, in Markdown; of several rows for one thing the last counts."""
+    last = {(row.subject, row.name): row for row in rows}
+    lines = [_markdown_line("what", ("of", "value", "predicted")), "|---|---|---:|---:|"]
+    for row in last.values():
+        predicted = MISSING if row.predicted is None else _with_unit(row.predicted, row.unit)
+        value = str(row.value) if not _is_number(row.value) else _with_unit(row.value, row.unit)
+        spread = "" if row.spread is None else f" ± {_with_unit(row.spread, row.unit)}"
+        lines.append(_markdown_line(row.name, (row.subject, f"{value}{spread}", predicted)))
     return "\n".join(lines) + "\n"
 
 
@@ -155,3 +167,13 @@ def _cell(name: str, row: Measurement | None) -> str:
 
 def _markdown_line(label: str, cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in (label, *cells)) + " |"
+
+
+def _is_number(value: object) -> TypeGuard[Number]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _with_unit(value: Number, unit: str) -> str:
+    if unit == "bytes":
+        return format_size(round(value))
+    return f"{value:.4g}" if unit == "1" else f"{value:.4g} {unit}"
