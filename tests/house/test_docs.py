@@ -15,9 +15,7 @@ from packlight.report.table import markdown_by_subject, markdown_rows, markdown_
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted(
-    str(path.relative_to(ROOT)) for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
-)
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 TABLE = re.compile(r"<!-- (table|subjects|rows|kv-cache|flash-attention): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 WRITERS: dict[str, Callable[[list[Measurement]], str]] = {
     "table": markdown_table,
