@@ -139,6 +139,11 @@ def test_plan(flags: list[str], tiny: Path, tmp_path: Path) -> None:
         ["--prompt", "hi", "--kv-cache", "sliding"],
         ["--prompt", "hi", "--kv-cache", "sliding", "--window", "0"],
         ["--prompt", "hi", "--window", "5"],
+        ["--prompt", "hi", "--attention", "nosuch"],
+        ["--prompt", "hi", "--attention", "flash-attn"],
+        ["--prompt", "hi", "--compile", "--no-cache"],
+        ["--prompt", "hi", "--compile", "--kv-cache", "int8"],
+        ["--prompt", "hi", "--compile", "--attention", "eager"],
         [],
     ],
 )

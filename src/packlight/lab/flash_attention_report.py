@@ -120,14 +120,15 @@ def plot(rows: Sequence[Measurement], path: Path) -> None:
         for name in _LABELS
         if any(point.level == level and name == found for found, point in table.rows)
     ]
-    figure = Figure(figsize=(10.5, 3.6 * -(-len(panels) // 2)), layout="constrained")
+    lines = max(1, -(-len(panels) // 2))
+    figure = Figure(figsize=(10.5, 3.6 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
+    axes = list(figure.subplots(lines, 2, squeeze=False).flat)
     for axis, (name, level) in zip(axes, panels, strict=False):
         for style, backend in zip(_STYLES, table.backends(level), strict=False):
             _line(axis, table, name, level, backend, style, fits.get((name, level, backend)))
         _dress(axis, name, level, table.lengths(level))
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=PLOT_PIXELS_PER_INCH)
 

@@ -82,6 +82,8 @@ def _kinds(rows: Rows) -> PlainTable:
 
 
 def _draw_times(axes: Axes, rows: Rows) -> None:
+    from matplotlib.ticker import LogLocator
+
     lengths: list[int] = []
     for name, label, style in (("uncached_token_s", "without a cache", "o-"), ("cached_token_s", "with a cache", "s-")):
         found = _by_number(rows, name, r"(\d+) tokens")
@@ -97,8 +99,9 @@ def _draw_times(axes: Axes, rows: Rows) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("tokens before")
     axes.set_ylabel("time of one token, ms")
     axes.legend(frameon=False)
