@@ -58,5 +58,6 @@ def test_files_that_are_named_exist(page: str) -> None:
 def test_every_verb_is_in_the_readme() -> None:
     from packlight.cli.main import app
 
-    for command in [*app.registered_commands, *app.registered_groups]:
-        assert re.search(rf"packlight {command.name}\b|make {command.name}\b", README), command.name
+    groups = [group.typer_instance.info.name for group in app.registered_groups if group.typer_instance]
+    for name in [*(command.name for command in app.registered_commands), *groups]:
+        assert re.search(rf"packlight {name}\b|make {name}\b", README), name

@@ -19,10 +19,11 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from packlight.checkpoint.open import open_checkpoint
 from packlight.errors import MissingExtraError, UsageError
 from packlight.plan.attention import BACKEND_NAMES
-from packlight.runtime import attention_forward, generate
+from packlight.runtime import attention_forward, model_decoder
 from packlight.runtime.attention import attend, backends, set_backend, use
-from packlight.runtime.generate import Sampling
+from packlight.runtime.complete import complete
 from packlight.runtime.load import load_model
+from packlight.runtime.sampling import Sampling
 
 ArchitectureDir = Callable[[str], Path]
 MakeModel = Callable[[str], PreTrainedModel]
@@ -112,12 +113,12 @@ def test_greedy_tokens_are_those_of_eager(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, name: str, backend: str
 ) -> None:
     """Prefill in chunks into the cache that `generate` allocates, then one token at a time."""
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(model_decoder, "PREFILL_CHUNK", 16)
     model, prompt = make_model(name), random_ids(1, 37)[0].tolist()
     answers = []
     for one in ("eager", backend):
         with use(model, one):
-            answers.append(list(generate.generate(model, prompt, Sampling(max_tokens=20))))
+            answers.append(list(complete(model, prompt, Sampling(max_tokens=20))))
     assert answers[0] == answers[1] and len(answers[0]) == 20
 
 

@@ -68,3 +68,11 @@ def test_a_body_is_compiled_for_one_length_and_left_alone_for_others(tiny_model_
         with torch.inference_mode():
             torch.testing.assert_close(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
         assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_torch_that_lies_behind_a_space_is_refused(
+    tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__file__", "/with space/torch/__init__.py")
+    with pytest.raises(UsageError, match="does not quote paths, and /with space/torch has a space in it"):
+        CompiledDecoder(load_model(open_checkpoint(tiny_model_dir(tied=True))), SHAPES)

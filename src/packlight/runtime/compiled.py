@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,10 +101,15 @@ def without_torch_warnings() -> Iterator[None]:
 
 
 def require_compiler() -> None:
-    """Raises UsageError where there is no C++ compiler, with how to get one."""
+    """Raises UsageError where there is no C++ compiler, with how to get one, or torch lies where it cannot link."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise UsageError(NO_COMPILER) from error
+    if " " in (place := str(Path(torch.__file__).parent)):
+        raise UsageError(
+            f"torch's compiler does not quote paths, and {place} has a space in it: use an environment in a path "
+            "without spaces to compile"
+        )
