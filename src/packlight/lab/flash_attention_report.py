@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from packlight.errors import MissingExtraError
 from packlight.evidence import Measurement
 from packlight.lab.flash_attention import Point, exponents
+from packlight.report.plain import PlainTable
 from packlight.spec import format_size
 
 if TYPE_CHECKING:
@@ -160,12 +161,7 @@ def _counted(table: Table) -> str:
 
 
 def _table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are as wide as their cells, so that it reads well unrendered too."""
-    widths = [max(len(line[column]) for line in (head, *lines)) for column in range(len(head))]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    text = [" | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (head, *lines)]
-    text.insert(1, " | ".join(rule))
-    return f"**{title}**\n\n" + "".join(f"| {line} |\n" for line in text)
+    return PlainTable(title, tuple(head), tuple(map(tuple, lines))).markdown()
 
 
 def _seconds(row: Measurement) -> str:

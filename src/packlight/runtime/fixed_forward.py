@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from packlight.errors import UsageError
 from packlight.runtime.fixed_shapes import FixedShapeDecoder, Shapes
 from packlight.runtime.grouped_attention import use_grouped_attention_
+from packlight.runtime.kv_cache import layer_kinds
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -72,10 +73,7 @@ class FixedForward(nn.Module):
         check_architecture(model)
         use_grouped_attention_(model)
         self.model = model
-        config = model.config.get_text_config(decoder=True)
-        kinds = getattr(config, "layer_types", None)
-        whole = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-        self.is_sliding = [kind == "sliding_attention" for kind in kinds or [whole] * config.num_hidden_layers]
+        self.is_sliding = [kind == "sliding_attention" for kind in layer_kinds(model.config)]
 
     def forward(
         self,
@@ -115,7 +113,7 @@ def check_architecture(model: PreTrainedModel) -> None:
     """Raises UsageError where a model cannot be run in fixed shapes, with the reason."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - _KINDS
+    kinds = set(layer_kinds(model.config)) - _KINDS
     if kinds:
         raise UsageError(
             f"{name} has layers of the kind {', '.join(sorted(kinds))}: only layers with plain keys and values can be "
