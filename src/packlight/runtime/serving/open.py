@@ -1,0 +1,103 @@
+"""From a model's name to an engine that serves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from packlight.checkpoint.open import Checkpoint, open_checkpoint
+from packlight.checkpoint.tensors import check_architecture
+from packlight.errors import UsageError
+from packlight.plan.memory import kv_elements_per_layer
+from packlight.runtime.bitsandbytes import check_loader, load_with
+from packlight.runtime.loader import split_loader
+from packlight.runtime.serving.engine import ServingEngine
+from packlight.runtime.serving.paged_model import paged_context
+from packlight.runtime.serving.pooling import POOLINGS, Pooling, declared_pooling
+from packlight.runtime.serving.torch_engine import TorchEngine
+from packlight.runtime.tokenizer import load_tokenizer, stop_ids
+
+ENGINES = ("auto", "torch", "llamacpp")
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """How a model is served.
+
+    Args:
+        engine: `torch`, `llamacpp`, or `auto`: llama.cpp for a .gguf file where it is installed, torch for the rest.
+        context: tokens of a request, at most; None: as the model has it, no more than the cache holds.
+        users: requests that are computed at once, at most.
+        kv_bytes: memory of the KV cache; None: a whole context for each of the users.
+        is_compiled: compile the model first.
+        threads: threads to compute with; None leaves torch's choice.
+        pooling: how embeddings are made; None: as the checkpoint says.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    engine: str = "auto"
+    context: int | None = None
+    users: int = 16
+    kv_bytes: int | None = None
+    is_compiled: bool = False
+    threads: int | None = None
+    pooling: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UsageError(f"there is no engine {self.engine!r}: choose one of {', '.join(ENGINES)}")
+        for name, value in (("users", self.users), ("context", self.context), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        if self.pooling not in (None, *POOLINGS):
+            raise UsageError(f"embeddings are made with {' or '.join(POOLINGS)}, not {self.pooling!r}")
+
+
+def open_engine(model: str, options: ServingOptions) -> ServingEngine:
+    """The engine that serves a model.
+
+    Raises:
+        UsageError: bad input, or a model that the engine does not serve.
+        MissingExtraError: the engine's package is absent.
+    """
+    return _torch_engine(model, options)
+
+
+def _torch_engine(name: str, options: ServingOptions) -> TorchEngine:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    source, loader = split_loader(name)
+    checkpoint = open_checkpoint(source)
+    check_architecture(checkpoint.config)
+    check_loader(checkpoint, loader)
+    tokenizer = load_tokenizer(checkpoint)
+    pooling: Pooling | None = declared_pooling(checkpoint.path)
+    for known in POOLINGS:
+        pooling = known if options.pooling == known else pooling
+    model = load_with(checkpoint, loader)
+    tokens = kv_tokens(checkpoint, model.dtype, paged_context(model.config), options)
+    return TorchEngine(
+        model, tokenizer, stop_ids(model, tokenizer), tokens, options.users, options.context, pooling=pooling
+    )
+
+
+def kv_tokens(checkpoint: Checkpoint, dtype: torch.dtype, of_model: int | None, options: ServingOptions) -> int:
+    """Tokens that the KV cache has room for.
+
+    Raises:
+        UsageError: memory for less than one token, or neither the model nor the options say how long a request may be.
+    """
+    if options.kv_bytes is None:
+        context = options.context if options.context is not None else of_model
+        if context is None:
+            raise UsageError("the model does not say how long a text may be: give --context")
+        return context * options.users
+    spec = checkpoint.spec
+    per_token = spec.num_layers * kv_elements_per_layer(spec) * dtype.itemsize
+    tokens = options.kv_bytes // per_token
+    if tokens < 1:
+        raise UsageError(f"a token's keys and values take {per_token} bytes: {options.kv_bytes} hold none")
+    return tokens
