@@ -69,7 +69,7 @@ def make_batch(spans: Sequence[Span], block: int, device: torch.device | str = "
     slots = [
         span.blocks[place // block] * block + place % block for span in spans for place in range(span.past, span.total)
     ]
-    return Batch(torch.tensor(slots, device=device), tuple(_groups(spans, block, device)), block)
+    return Batch(torch.tensor(slots, dtype=torch.int64, device=device), tuple(_groups(spans, block, device)), block)
 
 
 def write(pool: torch.Tensor, new: torch.Tensor, batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from packlight.errors import UsageError
 from packlight.plan.memory import kv_elements_per_layer
 from packlight.runtime.bitsandbytes import check_loader, load_with
 from packlight.runtime.loader import split_loader
+from packlight.runtime.serving.blocks import BLOCK
 from packlight.runtime.serving.engine import ServingEngine
 from packlight.runtime.serving.paged_model import paged_context
 from packlight.runtime.serving.pooling import POOLINGS, Pooling, declared_pooling
@@ -19,6 +21,9 @@ from packlight.runtime.serving.torch_engine import TorchEngine
 from packlight.runtime.tokenizer import load_tokenizer, stop_ids
 
 ENGINES = ("auto", "torch", "llamacpp")
+
+SHARE_OF_MEMORY = 0.25
+"""Of the memory that is free when a server starts, for the KV cache, where nobody said how much."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class ServingOptions:
         engine: `torch`, `llamacpp`, or `auto`: llama.cpp for a .gguf file where it is installed, torch for the rest.
         context: tokens of a request, at most; None: as the model has it, no more than the cache holds.
         users: requests that are computed at once, at most.
-        kv_bytes: memory of the KV cache; None: a whole context for each of the users.
+        kv_bytes: memory of the KV cache; None: a whole context for each of the users, in a quarter of the
+            memory that is free now.
         is_compiled: compile the model first.
         threads: threads to compute with; None leaves torch's choice.
         pooling: how embeddings are made; None: as the checkpoint says.
@@ -90,14 +96,15 @@ def kv_tokens(checkpoint: Checkpoint, dtype: torch.dtype, of_model: int | None, 
     Raises:
         UsageError: memory for less than one token, or neither the model nor the options say how long a request may be.
     """
-    if options.kv_bytes is None:
-        context = options.context if options.context is not None else of_model
-        if context is None:
-            raise UsageError("the model does not say how long a text may be: give --context")
-        return context * options.users
     spec = checkpoint.spec
     per_token = spec.num_layers * kv_elements_per_layer(spec) * dtype.itemsize
-    tokens = options.kv_bytes // per_token
-    if tokens < 1:
-        raise UsageError(f"a token's keys and values take {per_token} bytes: {options.kv_bytes} hold none")
-    return tokens
+    if options.kv_bytes is not None:
+        tokens = options.kv_bytes // per_token
+        if tokens < 1:
+            raise UsageError(f"a token's keys and values take {per_token} bytes: {options.kv_bytes} hold none")
+        return tokens
+    context = options.context if options.context is not None else of_model
+    if context is None:
+        raise UsageError("the model does not say how long a text may be: give --context")
+    share = int(SHARE_OF_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // per_token
+    return min(context * options.users, max(context if options.context is not None else BLOCK, share))
