@@ -41,9 +41,9 @@ def fill(spans: list[Span], states: list[torch.Tensor]) -> torch.Tensor:
     pool = torch.full((KV_HEADS, count, BLOCK * width), torch.nan)
     before = [Span(0, span.past, 0, span.blocks) for span in spans]
     for span, one in zip(before, states, strict=True):
-        write(pool, one[:, : span.count], make_batch([span], BLOCK))
+        write(pool, one[:, : span.count], make_batch([span], BLOCK).slots)
     new = torch.cat([one[:, span.past :] for span, one in zip(spans, states, strict=True)], dim=1)
-    write(pool, new, make_batch(spans, BLOCK))
+    write(pool, new, make_batch(spans, BLOCK).slots)
     return pool
 
 
@@ -57,8 +57,7 @@ def test_every_sequence_attends_to_its_own_blocks(
     q = torch.randn(KV_HEADS * REPEATS, sum(span.count for span in spans), HEAD_DIM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GATHERED", gathered)
-        batch = make_batch(spans, BLOCK)
-    made = paged_attention(q, fill(spans, keys), fill(spans, values), batch, SCALE, window)
+        made = paged_attention(q, fill(spans, keys), fill(spans, values), make_batch(spans, BLOCK), SCALE, window)
     for span, k, v in zip(spans, keys, values, strict=True):
         rows = slice(span.first, span.first + span.count)
         wanted = reference(q[:, rows], k, v, SCALE, window)

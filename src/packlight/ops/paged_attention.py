@@ -9,7 +9,7 @@ attention sinks, which torch's kernel does not compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,25 +42,20 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Spans whose blocks are gathered together; `blocks` is (blocks of all spans,)."""
-
-    spans: tuple[Span, ...]
-    blocks: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Batch:
-    """A flat batch of spans.
+    """A flat batch of spans, as tensors.
 
     Args:
         slots: (tokens,), the place in the pool that each token's key and value go to.
-        groups: all spans.
+        table: (spans + 1, 4): first, count, past and number of blocks of each span. The last row is empty, as is the
+            last of `blocks`: a compiler makes code of its own for sizes of 1.
+        blocks: (blocks of all spans + 1,).
         block: tokens of a block.
     """
 
     slots: torch.Tensor
-    groups: tuple[Group, ...]
+    table: torch.Tensor
+    blocks: torch.Tensor
     block: int
 
 
@@ -69,17 +64,25 @@ def make_batch(spans: Sequence[Span], block: int, device: torch.device | str = "
     slots = [
         span.blocks[place // block] * block + place % block for span in spans for place in range(span.past, span.total)
     ]
-    return Batch(torch.tensor(slots, dtype=torch.int64, device=device), tuple(_groups(spans, block, device)), block)
+    table = [[span.first, span.count, span.past, len(span.blocks)] for span in spans]
+    blocks = [block for span in spans for block in span.blocks]
+    return Batch(
+        torch.tensor(slots, dtype=torch.int64, device=device),
+        torch.tensor([*table, [0, 0, 0, 0]]),
+        torch.tensor([*blocks, 0], device=device),
+        block,
+    )
 
 
-def write(pool: torch.Tensor, new: torch.Tensor, batch: Batch) -> None:
+def write(pool: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> None:
     """Put keys or values into the pool, in place.
 
     Args:
         pool: (kv_heads, blocks, block * head_dim).
         new: (kv_heads, tokens, head_dim).
+        slots: (tokens,).
     """
-    pool.view(pool.shape[0], -1, new.shape[-1]).index_copy_(1, batch.slots, new)
+    pool.view(pool.shape[0], -1, new.shape[-1]).index_copy_(1, slots, new)
 
 
 def paged_attention(
@@ -106,23 +109,63 @@ def paged_attention(
     Returns:
         (tokens, heads, value_dim).
     """
-    kv_heads = keys.shape[0]
-    head_dim, value_dim = q.shape[-1], values.shape[-1] // batch.block
+    kv_heads, head_dim, value_dim = keys.shape[0], q.shape[-1], values.shape[-1] // batch.block
     is_plain = softcap is None and sinks is None
     out = q.new_empty(q.shape[1], q.shape[0], value_dim)
-    for group in batch.groups:
-        k = keys.index_select(1, group.blocks).view(kv_heads, -1, head_dim)  # (kv_heads, gathered tokens, head_dim)
-        v = values.index_select(1, group.blocks).view(kv_heads, -1, value_dim)
+    for spans, blocks in _groups(batch):
+        k = keys.index_select(1, blocks).view(kv_heads, -1, head_dim)  # (kv_heads, gathered tokens, head_dim)
+        v = values.index_select(1, blocks).view(kv_heads, -1, value_dim)
         start = 0
-        for span in group.spans:
-            rows, columns = slice(span.first, span.first + span.count), slice(start, start + span.total)
+        for first, count, past, held in spans:
+            rows, columns = slice(first, first + count), slice(start, start + past + count)
             if is_plain:
                 made = _attend(q[:, rows], k[:, columns], v[:, columns], scale, window)
             else:
                 made = reference(q[:, rows], k[:, columns], v[:, columns], scale, window, softcap, sinks)
             out[rows] = made.transpose(0, 1)
-            start += len(span.blocks) * batch.block
+            start += held * batch.block
     return out
+
+
+@torch.library.custom_op("packlight::write_and_attend", mutates_args=("keys", "values"))
+def write_and_attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    table: torch.Tensor,
+    blocks: torch.Tensor,
+    block: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """`write` of k and v (kv_heads, tokens, ...), then `paged_attention`: one node for a compiler, for any spans."""
+    write(keys, k, slots)
+    write(values, v, slots)
+    return paged_attention(q, keys, values, Batch(slots, table, blocks, block), scale, window, softcap, sinks)
+
+
+@write_and_attend.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    table: torch.Tensor,
+    blocks: torch.Tensor,
+    block: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    return q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
 
 
 def reference(
@@ -180,19 +223,15 @@ def _seen(tokens: int, total: int, window: int | None, device: torch.device) -> 
     return seen if window is None else seen & (keys > queries - window)
 
 
-def _groups(spans: Sequence[Span], block: int, device: torch.device | str) -> list[Group]:
-    groups: list[Group] = []
-    held: list[Span] = []
-    tokens = 0
-    for span in spans:
-        size = len(span.blocks) * block
-        if held and tokens + size > GATHERED:
-            groups.append(_group(held, device))
-            held, tokens = [], 0
-        held.append(span)
-        tokens += size
-    return [*groups, _group(held, device)] if held else groups
-
-
-def _group(spans: Sequence[Span], device: torch.device | str) -> Group:
-    return Group(tuple(spans), torch.tensor([block for span in spans for block in span.blocks], device=device))
+def _groups(batch: Batch) -> Iterator[tuple[list[list[int]], torch.Tensor]]:
+    """Rows of the table, and the blocks of these spans, no more at a time than `GATHERED` tokens where one has less."""
+    held: list[list[int]] = []
+    start = end = 0
+    for row in batch.table.tolist()[:-1]:
+        if held and (end - start + row[3]) * batch.block > GATHERED:
+            yield held, batch.blocks[start:end]
+            held, start = [], end
+        held.append(row)
+        end += row[3]
+    if held:
+        yield held, batch.blocks[start:end]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InvalidCxxCompiler
 from transformers import PreTrainedModel
@@ -54,15 +55,38 @@ class CompiledDecoder(FixedShapeDecoder):
             UsageError: the model's code cannot be traced.
         """
         start = time.perf_counter()
-        try:
-            with without_torch_warnings():
-                self.prefill(torch.zeros(1, 1, dtype=torch.int64))
-                if self.shapes.context > 1:
-                    self.step(torch.zeros(1, 1, dtype=torch.int64))
-        except TorchDynamoException as error:
-            reason = " ".join(str(error).partition("\n\n")[0].split())
-            raise UsageError(f"torch.compile cannot trace this model ({reason}): run it without --compile") from error
+        with traced():
+            self.prefill(torch.zeros(1, 1, dtype=torch.int64))
+            if self.shapes.context > 1:
+                self.step(torch.zeros(1, 1, dtype=torch.int64))
         return time.perf_counter() - start
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """A first call of what was compiled: quiet, and UsageError where the model's code cannot be traced."""
+    try:
+        with without_torch_warnings():
+            yield
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).partition("\n\n")[0].split())
+        raise UsageError(f"torch.compile cannot trace this model ({reason}): run it without --compile") from error
+
+
+def compile_forward_(body: nn.Module, backend: str = "inductor") -> None:
+    """Compile a module in place, in one graph for any number of tokens above one, and in one for one token.
+
+    The first call of each compiles: make it inside `traced`.
+
+    Args:
+        backend: of `torch.compile`, as for `CompiledDecoder`.
+
+    Raises:
+        UsageError: no C++ compiler.
+    """
+    if backend == "inductor":
+        require_compiler()
+    body.forward = torch.compile(body.forward, fullgraph=True, dynamic=True, backend=backend)
 
 
 def compile_body_(model: PreTrainedModel, tokens: int, backend: str = "inductor") -> None:

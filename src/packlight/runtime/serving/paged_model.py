@@ -6,16 +6,19 @@ batch there; a key and a value go to their slots of the pool, and every sequence
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import mark_static
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from packlight.errors import UsageError
-from packlight.ops.paged_attention import Batch, Span, make_batch, paged_attention, write
+from packlight.ops.paged_attention import Batch, Span, make_batch, paged_attention, write, write_and_attend
+from packlight.runtime.compiled import compile_forward_, traced
 from packlight.runtime.model_decoder import context_of
 from packlight.runtime.serving.blocks import BLOCK
 
@@ -27,7 +30,7 @@ LENGTH_BOUND = ("dynamic", "longrope")
 change the answers of the others."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PagedStep:
     """What the attention of every layer needs to know of one step.
 
@@ -40,7 +43,6 @@ class PagedStep:
     batch: Batch
     pools: dict[int, tuple[torch.Tensor, torch.Tensor]]
     blocks: int
-    met: set[int] = field(default_factory=set)
 
 
 class PagedModel:
@@ -69,8 +71,29 @@ class PagedModel:
             tokens: ids, those of all spans behind each other.
             spans: where each sequence's tokens are, in the batch and in the pool.
         """
-        logits, _ = self._forward(tokens, spans, wanted)
-        return logits
+        return self._forward(tokens, spans, wanted)
+
+    def compile(self, backend: str = "inductor") -> float:
+        """Compile the model without its head, in place, for any number of tokens; returns the seconds that it took.
+
+        Two graphs are made, for one token and for more; no request makes a third.
+
+        Args:
+            backend: of `torch.compile`; only `inductor` makes code, `eager` traces and nothing more.
+
+        Raises:
+            UsageError: no C++ compiler, or a model that cannot be traced.
+        """
+        start = time.perf_counter()
+        for pair in self.pools.values():
+            for pool in pair:
+                mark_static(pool)
+        compile_forward_(self.model.base_model, backend)
+        blocks = (0,) * 3  # NOTE a trap: sizes that are equal in the first call are taken to be equal for ever
+        with traced():
+            self._forward([0], [Span(0, 1, 0, blocks)], [0])
+            self._forward([0] * 7, [Span(0, 6, 0, blocks), Span(6, 1, 0, blocks[:1])], [6])
+        return time.perf_counter() - start
 
     def cache_bytes(self) -> int:
         """Bytes of the pools."""
@@ -87,19 +110,16 @@ class PagedModel:
         return states.float().cpu()
 
     @torch.inference_mode()
-    def _forward(
-        self, tokens: Sequence[int], spans: Sequence[Span], wanted: Sequence[int]
-    ) -> tuple[torch.Tensor, PagedStep]:
-        step = self._step(spans)
+    def _forward(self, tokens: Sequence[int], spans: Sequence[Span], wanted: Sequence[int]) -> torch.Tensor:
         rows = torch.tensor(wanted, dtype=torch.int64, device=self.model.device)
         logits: torch.Tensor = self.model(
             self._ids(tokens),
             position_ids=_positions(spans, self.model.device),
             use_cache=False,
             logits_to_keep=rows,
-            paged=step,
+            paged=self._step(spans),
         ).logits
-        return logits[0].cpu(), step
+        return logits[0].cpu()
 
     def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(tokens)], device=self.model.device)
@@ -109,10 +129,10 @@ class PagedModel:
 
     def _try(self) -> None:
         """One token through the model: the pools are made, and a layer that does not use them is found out."""
-        _, step = self._forward([0], [Span(0, 1, 0, (0,))], [0])
+        self._forward([0], [Span(0, 1, 0, (0,))], [0])
         layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        if len(step.met) != layers:
-            raise _refused(self.model, f"only {len(step.met)} of its {layers} layers attend over blocks")
+        if len(self.pools) != layers:
+            raise _refused(self.model, f"only {len(self.pools)} of its {layers} layers attend over blocks")
 
 
 def paged_context(config: PreTrainedConfig) -> int | None:
@@ -143,15 +163,33 @@ def attend(
         raise UsageError("a model that was made for serving computes with blocks only: load it again for other uses")
     layer = module.layer_idx
     assert isinstance(layer, int)
-    paged.met.add(layer)
     if layer not in paged.pools:
         paged.pools[layer] = (_pool(key, paged), _pool(value, paged))
     keys, values = paged.pools[layer]
-    write(keys, key[0], paged.batch)
-    write(values, value[0], paged.batch)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window, softcap, sinks = more.get("sliding_window"), more.get("softcap"), more.get("s_aux")
-    return paged_attention(query[0], keys, values, paged.batch, scale, window, softcap, sinks)[None], None
+    batch = paged.batch
+    if torch.compiler.is_compiling():
+        out = write_and_attend(
+            query[0],
+            key[0],
+            value[0],
+            keys,
+            values,
+            batch.slots,
+            batch.table,
+            batch.blocks,
+            batch.block,
+            scale,
+            window,
+            softcap,
+            sinks,
+        )
+    else:
+        write(keys, key[0], batch.slots)
+        write(values, value[0], batch.slots)
+        out = paged_attention(query[0], keys, values, batch, scale, window, softcap, sinks)
+    return out[None], None
 
 
 def _pool(states: torch.Tensor, step: PagedStep) -> torch.Tensor:
