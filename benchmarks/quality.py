@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("grids", "sizes"), action="append")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--groups", nargs="+", default=["64", "row"])
+    parser.add_argument("--symmetric", action="store_true", help="grids without zero points")
     parser.add_argument("--learned", type=int, nargs="*", default=[3, 2], help="widths that learned rounding runs at")
     parser.add_argument("--sizes", type=float, nargs="+", default=[60, 75, 88.2, 93.5, 105.5, 138.4], help="MB")
     parser.add_argument("--learned-below", type=float, default=70.0, help="MB: sizes that learned rounding fills too")
@@ -87,7 +88,7 @@ def main() -> None:
     parts = given.part or ["grids", "sizes"]
     claims: list[dict[str, Any]] = []
     if "grids" in parts:
-        claims += bench.grids(given.bits, given.groups, given.learned)
+        claims += bench.grids(given.bits, given.groups, given.learned, given.symmetric)
     if "sizes" in parts:
         peers = json.loads(given.peers.read_text(encoding="utf-8")) if given.peers else []
         claims += bench.sizes(given.sizes, given.learned_below, peers)
@@ -124,16 +125,18 @@ class Bench:
         self.table: dict[str, dict[str, float]] = {}
         self._reference: Reference | None = None
 
-    def grids(self, widths: list[int], groups: list[str], learned: list[int]) -> list[dict[str, Any]]:
-        """Uniform grids, asymmetric, embedding and head left alone."""
+    def grids(
+        self, widths: list[int], groups: list[str], learned: list[int], is_symmetric: bool
+    ) -> list[dict[str, Any]]:
+        """Uniform grids, embedding and head left alone."""
         claims = []
         for bits in widths:
             for group in groups:
                 size = None if group == "row" else int(group)
-                grid = Grid(bits, size, symmetric=False)
+                grid = Grid(bits, size, symmetric=is_symmetric)
                 if not fits(Precision(linear=grid), self.checkpoint.spec):
                     continue
-                common = {"bits": bits, "group_size": size, "symmetric": False}
+                common = {"bits": bits, "group_size": size, "symmetric": is_symmetric}
                 found = {
                     name: self.measure(Subject(f"{name} {grid}", {"method": method, **common, **options}))
                     for name, method, options in (
