@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from packlight.cli import demo, evaluate, export, fit, generate, lab, plan, prove, quantize, report
+from packlight.cli import demo, evaluate, export, fit, generate, lab, plan, prove, quantize, report, serve
 from packlight.cli.output import complain
 from packlight.errors import PacklightError
 
@@ -27,6 +27,7 @@ app.command("fit")(fit.fit)
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("prove")(prove.prove)
 app.command("export")(export.export)
 app.command("report")(report.report)
