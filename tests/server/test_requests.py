@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tests.server.conftest import MODEL, Running, Start
+from tests.server.conftest import MODEL, Running, Start, running
 from tests.server.scripted_engine import ScriptedEngine, byte_tokenizer
+
+from packlight.server.settings import Settings
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TEXT: dict[str, Any] = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
@@ -214,11 +219,7 @@ def test_unknown_paths_and_methods(server: Running) -> None:
     error_of(httpx.delete(server.url + "/v1/models"), 405)
 
 
-def test_a_model_without_chat_template(tmp_path: Any) -> None:
-    from tests.server.conftest import running
-
-    from packlight.server.settings import Settings
-
+def test_a_model_without_chat_template(tmp_path: Path) -> None:
     with running(ScriptedEngine(byte_tokenizer(tmp_path, chat_template=None)), Settings()) as server:
         assert "/v1/completions" in error_of(server.chat("x"))["message"]
         assert server.complete("x").status_code == 200
@@ -235,33 +236,41 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 FIELDS = st.sampled_from(
-    ["model", "messages", "prompt", "input", "n", "stop", "stream", "stream_options", "seed", "logprobs", "top_logprobs", "temperature", "top_p", "top_k", "tools", "response_format", "max_tokens", "max_completion_tokens", "logit_bias", "echo", "encoding_format", "dimensions", "user"]
+    [
+        *("model", "messages", "prompt", "input", "n", "stop", "stream", "stream_options", "seed", "logprobs", "echo"),
+        *("top_logprobs", "temperature", "top_p", "top_k", "tools", "response_format", "max_tokens", "logit_bias"),
+        *("max_completion_tokens", "encoding_format", "dimensions", "user"),
+    ]
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.fixture(scope="module")
+def connection() -> Iterator[httpx.Client]:
+    """One for many requests."""
+    with httpx.Client(timeout=30) as client:
+        yield client
+
+
+@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(sorted(ROUTES)), changes=st.dictionaries(FIELDS, VALUES, min_size=1, max_size=3))
-def test_whatever_is_sent_the_server_makes_no_mistake(server: Running, path: str, changes: dict[str, Any]) -> None:
+def test_whatever_is_sent_the_server_makes_no_mistake(
+    server: Running, connection: httpx.Client, path: str, changes: dict[str, Any]
+) -> None:
     body = json.dumps(ROUTES[path] | changes).encode()
-    with CLIENT.stream("POST", server.url + path, content=body, headers=JSON) as response:
-        text = response.read().decode()
-    assert response.status_code in (200, 400, 404), text
+    response = connection.post(server.url + path, content=body, headers=JSON)
+    assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         error_of(response, response.status_code)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     path=st.sampled_from([*ROUTES, "/v1/models/x", "/", "/page/x", "/stats", "/%ff", "/page/..%2f..%2fapp.py"]),
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE"]),
     body=st.binary(max_size=64),
 )
 def test_whatever_bytes_are_sent_the_server_makes_no_mistake(
-    server: Running, path: str, method: str, body: bytes
+    server: Running, connection: httpx.Client, path: str, method: str, body: bytes
 ) -> None:
-    response = CLIENT.request(method, server.url + path, content=body, headers=JSON)
+    response = connection.request(method, server.url + path, content=body, headers=JSON)
     assert response.status_code < 500, response.text
-
-
-CLIENT = httpx.Client(timeout=30)
-"""One connection for many requests; it is closed with the process."""
