@@ -36,13 +36,14 @@ class AccessLog:
             await self.app(scope, receive, send)
             return
         scope["arrived_at"] = time.monotonic()
-        status = GONE
+        status, is_whole = GONE, False
 
         async def counted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         in_progress = scope["app"].state.in_progress
         in_progress.add(id(scope))
@@ -53,7 +54,7 @@ class AccessLog:
             seconds = time.monotonic() - scope["arrived_at"]
             self.metrics.requested(self.routes(scope), status, seconds)
             if self.write is not None:
-                self.write(json.dumps(_line(scope, status, seconds)))
+                self.write(json.dumps(_line(scope, status, seconds, is_whole)))
 
 
 def line_writer(stream: TextIO) -> Callable[[str], None]:
@@ -71,7 +72,7 @@ def line_writer(stream: TextIO) -> Callable[[str], None]:
     return write
 
 
-def _line(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
+def _line(scope: Scope, status: int, seconds: float, is_whole: bool) -> dict[str, Any]:
     client = scope.get("client")
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -85,4 +86,4 @@ def _line(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
     usage = scope.get("usage")
     if isinstance(usage, Usage):
         line |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
-    return line
+    return line if is_whole else line | {"is_cut": True}
