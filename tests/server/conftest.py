@@ -23,6 +23,8 @@ from packlight.server.run import address_of, bind, uvicorn_config
 from packlight.server.settings import Served, Settings
 
 MODEL = "scripted"
+PLAIN: dict[str, Any] = {"timeout": 30, "verify": False}
+"""Of a request: no certificates are read, which takes longer than the request."""
 
 
 @dataclass
@@ -36,11 +38,10 @@ class Running:
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         """A request of its own connection."""
-        options.setdefault("timeout", 30)
-        return httpx.post(f"{self.url}{path}", json=body, **options)
+        return httpx.post(f"{self.url}{path}", json=body, **PLAIN, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30, **options)
+        return httpx.get(f"{self.url}{path}", **PLAIN, **options)
 
     def complete(self, prompt: Any = "x", **fields: Any) -> httpx.Response:
         """A text completion, greedy unless it says otherwise."""

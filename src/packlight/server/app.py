@@ -61,7 +61,7 @@ def build_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.start()
         yield
-        app.state.is_closed = await asyncio.to_thread(service.close)
+        app.state.is_closed = await asyncio.to_thread(service.close, max(1.0, min(10.0, settings.grace_s)))
 
     app = Starlette(
         routes=ROUTES,

@@ -40,7 +40,7 @@ class Service:
         self.loop.start()
         self.metrics.watch(self.loop)
 
-    def close(self, timeout_s: float = 10.0) -> bool:
+    def close(self, timeout_s: float) -> bool:
         """End; False where the engine did not come back in time. Blocks."""
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         return self.loop.close(timeout_s)
