@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.cli.driver import assert_one_sentence, call
+from tests.cli.driver import assert_one_sentence, call, run
 
 from packlight.server.auth import ENVIRONMENT
 
@@ -73,7 +73,7 @@ def test_a_model_is_served(tiny: Path, tmp_path: Path) -> None:
         assert name == "tiny"
         body = {"model": name, "prompt": "The quick brown", "max_tokens": 8, "temperature": 0}
         answer = client.post(f"{url}/v1/completions", json=body).json()
-        generated = call("generate", tiny, "--raw", "--prompt", "The quick brown", "--max-tokens", 8, "--json")
+        generated = run("generate", tiny, "--raw", "--prompt", "The quick brown", "--max-tokens", 8, "--json")
         assert answer["choices"][0]["text"] == json.loads(generated.out)["text"]
         assert client.post(f"{url}/v1/completions", json=body | {"max_tokens": 64}).status_code == 400
     lines = [json.loads(line) for line in log.read_text().splitlines()]

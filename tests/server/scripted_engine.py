@@ -55,7 +55,7 @@ class ScriptedEngine:
 
     Args:
         end_after: tokens after which the model ends its turn; None: never.
-        step_s: how long a step takes.
+        step_s: how long a step takes; `may_step` can hold it up altogether, and `is_stepping` tells that one began.
         dimensions: of embeddings; None: the model makes none.
     """
 
@@ -73,6 +73,7 @@ class ScriptedEngine:
         self.fails_with: BaseException | None = None
         self.may_step = Event()
         self.may_step.set()
+        self.is_stepping = Event()
         self.cancelled: list[str] = []
         self.is_closed = False
         self._waiting: deque[Request] = deque()
@@ -97,6 +98,7 @@ class ScriptedEngine:
         self._waiting = deque(one for one in self._waiting if one.id != request_id)
 
     def step(self) -> list[Delta]:
+        self.is_stepping.set()
         self.may_step.wait()
         if self.fails_with is not None:
             raise self.fails_with

@@ -19,6 +19,7 @@ def test_a_crash(start: Start, caplog: pytest.LogCaptureFixture, failure: BaseEx
     server.engine.may_step.clear()
     with ThreadPoolExecutor(5) as pool, caplog.at_level(logging.ERROR):
         waiting = [pool.submit(server.complete, SECRET, stream=stream) for stream in (False, True, False, False)]
+        assert server.engine.is_stepping.wait(10)  # what comes from now on waits for the end of the step
         embedding = pool.submit(server.post, "/v1/embeddings", {"model": MODEL, "input": "x"})
         server.wait_until(lambda: server.in_flight == 5)
         server.engine.fails_with = failure
