@@ -5,6 +5,8 @@ import { byId, element } from "/page/dom.js";
 import { formatNumber, significant } from "/page/format.js";
 import { render } from "/page/text.js";
 
+const SHORTEST_MS = 50; // pieces that came together tell nothing about speed
+
 /** A conversation in `#log`. `fail(error)` and `clearError()` show and hide what went wrong. */
 export class Chat {
   #turns = [];
@@ -78,7 +80,7 @@ export class Chat {
         ended = "stopped";
       } else {
         turn.hasFailed = true;
-        ended = "not complete";
+        ended = turn.answer ? "not complete" : "not answered";
       }
       if (turn.hasFailed && turn === this.#turns.at(-1)) this.fail(error);
     } finally {
@@ -151,7 +153,7 @@ function end(turn, ended, isAnotherRunning) {
   show(turn);
   turn.node.removeAttribute("aria-busy");
   turn.meta.textContent = ended;
-  turn.again.hidden = false;
+  turn.again.hidden = turn.hasFailed; // the notice offers to try again
   toBottom();
   if (isAnotherRunning) return; // a new chat began meanwhile
   byId("send").hidden = false;
@@ -164,7 +166,7 @@ function report({ start, first, last, finish, usage }) {
   const tokens = usage?.completion_tokens ?? 0;
   const parts = [];
   if (tokens) parts.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
-  if (tokens > 1 && last > first) parts.push(`${formatNumber(((tokens - 1) * 1000) / (last - first))} tokens/s`);
+  if (tokens > 1 && last - first > SHORTEST_MS) parts.push(`${formatNumber(((tokens - 1) * 1000) / (last - first))} tokens/s`);
   if (first !== null) parts.push(`first after ${significant((first - start) / 1000, 2)} s`);
   if (finish === "length") parts.push("ended at its length limit");
   if (first === null) parts.push("the answer is empty");

@@ -7,16 +7,16 @@ const MISSING = "–";
 
 /** What the table shows, in this order, by the name of the ledger's row. */
 const QUANTITIES = [
-  { name: "disk_bytes", label: "on disk", write: formatSize },
+  { name: "disk_bytes", label: "on disk", write: formatSize, means: "All files of the weights." },
   { name: "bits_per_weight", label: "bits per weight", write: formatNumber },
-  { name: "peak_bytes", label: "peak memory", write: formatSize },
-  { name: "perplexity", label: "perplexity", write: formatNumber, isCompared: true },
-  { name: "kl", label: "KL to the original, nats", write: formatNumber },
-  { name: "top1", label: "top-1 agreement", write: formatShare, hidesSpread: true },
-  { name: "decode_tps", label: "decode, tokens/s", write: formatNumber },
-  { name: "prefill_tps", label: "prefill, tokens/s", write: formatNumber },
-  { name: "first_token_s", label: "to the first token, s", write: formatNumber },
-  { name: "second_token_s", label: "to the second, s", write: formatNumber },
+  { name: "peak_bytes", label: "peak memory", write: formatSize, means: "What the model adds to the process, at most." },
+  { name: "perplexity", label: "perplexity", write: formatNumber, isCompared: true, means: "± its standard error; lower is better." },
+  { name: "kl", label: "KL, nats", write: formatNumber, means: "Divergence from the original on the same tokens." },
+  { name: "top1", label: "top-1 agreement", write: formatShare, hidesSpread: true, means: "How often both name the same likeliest token." },
+  { name: "decode_tps", label: "decode, tok/s", write: formatNumber },
+  { name: "prefill_tps", label: "prefill, tok/s", write: formatNumber },
+  { name: "first_token_s", label: "first token, s", write: formatNumber },
+  { name: "second_token_s", label: "second token, s", write: formatNumber },
   { name: "base_bytes", label: "interpreter, apart", write: formatSize },
 ];
 
@@ -127,8 +127,8 @@ function tableRows(ledger, quantity) {
   button.append(quantity.label);
   const cells = ledger.subjects.map((subject) => cell(ledger, quantity, subject));
   const found = ledger.subjects.map((subject) => ledger.get(quantity.name, subject)).filter((row) => row !== null);
-  const cellOfAll = element("td", { colspan: String(1 + ledger.subjects.length) }, ...found.map(provenance));
-  const more = element("tr", { id, class: "provenance", hidden: true }, cellOfAll);
+  const all = element("td", { colspan: String(1 + ledger.subjects.length) }, explanation(quantity), ...provenances(found));
+  const more = element("tr", { id, class: "provenance", hidden: true }, all);
   button.addEventListener("click", () => {
     more.hidden = !more.hidden;
     button.setAttribute("aria-expanded", String(!more.hidden));
@@ -158,22 +158,41 @@ function besides(ledger, row, { name, write, isCompared }) {
   if (row.predicted === row.value) return "as planned";
   if (typeof row.predicted === "number") {
     const off = formatDifference(row.value, row.predicted);
-    return `planned ${write(row.predicted)}${off && `, ${off}`}`;
+    return `plan ${write(row.predicted)}${off && `, ${off}`}`;
   }
   const original = ledger.number(name, "original");
   return isCompared && original && row.subject !== "original" ? formatDifference(row.value, original) : "";
 }
 
-/** Where a number comes from. */
-function provenance(row) {
-  const said = [];
-  const say = (term, words) => words && said.push(element("div", {}, element("dt", {}, term), element("dd", {}, words)));
-  say("note", row.note);
-  say("repeats", typeof row.n === "number" ? `n = ${formatNumber(row.n)}` : null);
-  say("command", row.command);
-  say("commit", row.commit);
-  say("machine", machine(row.environment));
-  return element("dl", { class: "source" }, element("div", { class: "of" }, row.subject), ...said);
+function explanation({ means }) {
+  return means ? element("p", { class: "means" }, means) : null;
+}
+
+/** Where numbers come from; those that come from the same place are told together. */
+function provenances(rows) {
+  const found = new Map();
+  for (const row of rows) {
+    const told = JSON.stringify(source(row));
+    found.set(told, [...(found.get(told) ?? []), row]);
+  }
+  return [...found.values()].map((together) => {
+    const lines = source(together[0]).map(([term, words]) =>
+      element("div", {}, element("dt", {}, term), element("dd", {}, words)),
+    );
+    const names = together.map(({ subject }) => subject).join(", ");
+    return element("div", { class: "source" }, element("p", { class: "of" }, names), element("dl", {}, ...lines));
+  });
+}
+
+function source({ note, n, command, commit, environment }) {
+  const lines = [
+    ["note", note],
+    ["n", typeof n === "number" ? formatNumber(n) : null],
+    ["command", command],
+    ["commit", commit],
+    ["machine", machine(environment)],
+  ];
+  return lines.filter(([, words]) => words);
 }
 
 function machine(environment) {

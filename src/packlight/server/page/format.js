@@ -34,14 +34,14 @@ export function significant(value, digits) {
   return `${Number(mantissa)}e${exponent < 0 ? "-" : "+"}${size}`;
 }
 
-/** 93.0 %. */
+/** 93.0 %. The space does not break. */
 export function formatShare(value) {
-  return `${(100 * value).toFixed(1)} %`;
+  return `${(100 * value).toFixed(1)}\u00a0%`;
 }
 
 /** How far a value is from a reference, with its sign: +1.1 %. Empty where the reference is zero. */
 export function formatDifference(value, reference) {
   if (!reference) return "";
   const percent = (100 * (value - reference)) / reference;
-  return `${percent < 0 ? "−" : "+"}${Math.abs(percent).toFixed(1)} %`;
+  return `${percent < 0 ? "−" : "+"}${Math.abs(percent).toFixed(1)}\u00a0%`;
 }

@@ -72,8 +72,8 @@ function startComposer() {
 
 /** As high as its text, up to what the style sheet allows. */
 function grow(area) {
-  area.style.height = "auto";
-  area.style.height = `${area.scrollHeight + 2}px`;
+  area.style.height = "";
+  if (area.value) area.style.height = `${area.scrollHeight + 2}px`; // with its border
 }
 
 function startSystem() {
@@ -110,7 +110,7 @@ function startPanel() {
 function openPanel(isOpen) {
   document.body.classList.toggle("panel-open", isOpen);
   byId("panel-toggle").setAttribute("aria-expanded", String(isOpen));
-  byId("panel-toggle").textContent = isOpen ? "Back to the chat" : "Details";
+  byId("panel-toggle").textContent = isOpen ? "Chat" : "Details";
 }
 
 let countdown = null;

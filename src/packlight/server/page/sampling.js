@@ -11,7 +11,7 @@ const FIELDS = [
   { name: "top_k", short: "top-k", value: 0, min: 0, step: 1, hint: "0 keeps all" },
   { name: "min_p", short: "min-p", value: 0, min: 0, max: 1, step: 0.01, hint: "0 keeps all" },
   { name: "repetition_penalty", short: "rep", value: 1, min: 0.01, step: 0.05, hint: "1 changes nothing" },
-  { name: "seed", short: "seed", value: "", min: 0, step: 1, hint: "empty: a new one each time" },
+  { name: "seed", short: "seed", value: "", min: 0, step: 1, hint: "empty: random" },
 ];
 
 /** Build the fields, with what this tab last had in them. */
