@@ -2,7 +2,7 @@
 
 import { getJson, streamChat } from "/page/api.js";
 import { byId, element } from "/page/dom.js";
-import { formatNumber, significant } from "/page/format.js";
+import { significant } from "/page/format.js";
 import { render } from "/page/text.js";
 
 const SHORTEST_MS = 50; // pieces that came together tell nothing about speed
@@ -166,7 +166,7 @@ function report({ start, first, last, finish, usage }) {
   const tokens = usage?.completion_tokens ?? 0;
   const parts = [];
   if (tokens) parts.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
-  if (tokens > 1 && last - first > SHORTEST_MS) parts.push(`${formatNumber(((tokens - 1) * 1000) / (last - first))} tokens/s`);
+  if (tokens > 1 && last - first > SHORTEST_MS) parts.push(`${significant(((tokens - 1) * 1000) / (last - first), 3)} tokens/s`);
   if (first !== null) parts.push(`first after ${significant((first - start) / 1000, 2)} s`);
   if (finish === "length") parts.push("ended at its length limit");
   if (first === null) parts.push("the answer is empty");

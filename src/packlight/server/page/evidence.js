@@ -7,17 +7,17 @@ const MISSING = "–";
 
 /** What the table shows, in this order, by the name of the ledger's row. */
 const QUANTITIES = [
-  { name: "disk_bytes", label: "on disk", write: formatSize, means: "All files of the weights." },
-  { name: "bits_per_weight", label: "bits per weight", write: formatNumber },
+  { name: "disk_bytes", label: "on disk", write: formatSize, means: "The weight files, headers included." },
+  { name: "bits_per_weight", label: "bits/weight", write: formatNumber },
   { name: "peak_bytes", label: "peak memory", write: formatSize, means: "What the model adds to the process, at most." },
   { name: "perplexity", label: "perplexity", write: formatNumber, isCompared: true, means: "± its standard error; lower is better." },
   { name: "kl", label: "KL, nats", write: formatNumber, means: "Divergence from the original on the same tokens." },
-  { name: "top1", label: "top-1 agreement", write: formatShare, hidesSpread: true, means: "How often both name the same likeliest token." },
+  { name: "top1", label: "top-1", write: formatShare, hidesSpread: true, means: "How often both name the same likeliest token." },
   { name: "decode_tps", label: "decode, tok/s", write: formatNumber },
   { name: "prefill_tps", label: "prefill, tok/s", write: formatNumber },
   { name: "first_token_s", label: "first token, s", write: formatNumber },
   { name: "second_token_s", label: "second token, s", write: formatNumber },
-  { name: "base_bytes", label: "interpreter, apart", write: formatSize },
+  { name: "base_bytes", label: "base memory", write: formatSize, means: "Interpreter and torch, apart from the peak above." },
 ];
 
 /** How it was made and checked: one value each. */
@@ -217,7 +217,7 @@ function spentTable(ledger, recipe) {
       element("td", {}, significant(nats, 2)),
     ),
   );
-  const heads = ["grid", "matrices", "in memory", "nats, planned"].map((text) => element("th", { scope: "col" }, text));
+  const heads = ["grid", "matrices", "in memory", "plan, nats"].map((text) => element("th", { scope: "col" }, text));
   const head = element("thead", {}, element("tr", {}, ...heads));
   const method = (recipe?.steps ?? []).map((step) => step.method).join(", then ");
   const title = element("h3", {}, "What was compressed", method ? element("span", { class: "peek" }, `by ${method}`) : null);

@@ -1,17 +1,17 @@
-// Numbers as packlight writes them in its tables; see report/table.py and spec.format_size.
+// Numbers as packlight writes them in its tables (report/table.py, spec.format_size), with spaces that do not break.
 
 const UNITS = ["kB", "MB", "GB", "TB", "PB"];
 
 /** Bytes in decimal units: 98.4 MB, 1.35 GB. */
 export function formatSize(bytes) {
-  if (Math.abs(bytes) < 1000) return `${bytes.toFixed(0)} B`;
+  if (Math.abs(bytes) < 1000) return `${bytes.toFixed(0)}\u00a0B`;
   let value = bytes;
   let unit = "B";
   for (unit of UNITS) {
     value /= 1000;
     if (Math.abs(value) < 999.5) break;
   }
-  return `${Math.abs(value) < 100 ? significant(value, 3) : value.toFixed(0)} ${unit}`;
+  return `${Math.abs(value) < 100 ? significant(value, 3) : value.toFixed(0)}\u00a0${unit}`;
 }
 
 /** Whole with thousands separated from 1000 on, four significant digits below. */
@@ -34,7 +34,7 @@ export function significant(value, digits) {
   return `${Number(mantissa)}e${exponent < 0 ? "-" : "+"}${size}`;
 }
 
-/** 93.0 %. The space does not break. */
+/** 93.0 %. */
 export function formatShare(value) {
   return `${(100 * value).toFixed(1)}\u00a0%`;
 }
