@@ -146,7 +146,7 @@ function cell(ledger, quantity, subject) {
 
 function written(row, { write, hidesSpread }) {
   if (row === null) return MISSING;
-  if (row.value === null) return "failed";
+  if ((row.value ?? null) === null) return "failed";
   if (typeof row.value !== "number") return String(row.value);
   const hasSpread = Boolean(row.spread) && !hidesSpread;
   return write(row.value) + (hasSpread ? ` ± ${significant(row.spread, 2)}` : "");
