@@ -20,6 +20,10 @@ from starlette.routing import Route
 import packlight
 
 PAGE = Path(packlight.__file__).parent / "server" / "page"
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 STATS = {
     "running": 0,
     "waiting": 0,
@@ -98,7 +102,7 @@ def serve(script: Script) -> Iterator[str]:
 def _app(script: Script) -> Starlette:
     async def page(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
-        return FileResponse(PAGE / name, headers={"Content-Security-Policy": "default-src 'self'"})
+        return FileResponse(PAGE / name, headers=HEADERS)
 
     def answer(request: Request, body: Mapping[str, Any]) -> Response:
         return _refusal(script, request) or JSONResponse(body)
