@@ -211,7 +211,7 @@ def test_sampling_controls_are_sent_and_checked(page: Browser, script: Script) -
     page.wait("document.querySelectorAll('.turn').length === 2")
     page.wait(IS_DONE)
     assert script.heard[1]["temperature"] == 0.7
-    assert not {"top_k", "seed"} & set(script.heard[1])  # what is empty is left to the server
+    assert not {"max_tokens", "top_k", "seed"} & set(script.heard[1])  # what is empty is left to the server
     page.run("sessionStorage.clear()")
 
 

@@ -6,7 +6,7 @@ const STORED = "packlight-sampling";
 
 const FIELDS = [
   { name: "temperature", short: "T", value: 0.7, min: 0, max: 2, step: 0.1, hint: "0 takes the likeliest token" },
-  { name: "max_tokens", short: "max", value: 512, min: 1, step: 1, hint: "length of an answer" },
+  { name: "max_tokens", short: "max", value: "", min: 1, step: 1, hint: "empty: what fits" },
   { name: "top_p", short: "top-p", value: 0.95, min: 0.01, max: 1, step: 0.01, hint: "1 keeps all" },
   { name: "top_k", short: "top-k", value: 0, min: 0, step: 1, hint: "0 keeps all" },
   { name: "min_p", short: "min-p", value: 0, min: 0, max: 1, step: 0.01, hint: "0 keeps all" },
@@ -64,10 +64,10 @@ function changed() {
     .join(" · ");
 }
 
-/** The line beside the title names temperature and length, and whatever differs from its default. */
+/** The line beside the title names the temperature, and whatever differs from its default. */
 function isShown(field) {
   const { value } = input(field);
-  return value !== "" && (["temperature", "max_tokens"].includes(field.name) || value !== String(field.value));
+  return value !== "" && (field.name === "temperature" || value !== String(field.value));
 }
 
 /** `step` says how far an arrow key goes; only whole numbers must be on it. */
