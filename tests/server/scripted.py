@@ -47,6 +47,8 @@ class Script:
         allowed: how many pieces may go out; `release` raises it.
         refusals: (status, headers, message) of the next requests, which are answered with these first.
         key: that requests must bear; None: none.
+        is_cut: whether the connection ends after the pieces, without a word.
+        failure: what a stream says after its pieces, instead of its end; None: it ends well.
     """
 
     pieces: list[str] = field(default_factory=lambda: ["Good ", "morning."])
@@ -55,6 +57,7 @@ class Script:
     refusals: list[tuple[int, dict[str, str], str]] = field(default_factory=list)
     key: str | None = None
     is_cut: bool = False
+    failure: str | None = None
     stats: dict[str, Any] = field(default_factory=lambda: dict(STATS))
     evidence: dict[str, Any] = field(default_factory=lambda: {"model": "scripted", "recipe": None, "rows": []})
     heard: list[dict[str, Any]] = field(default_factory=list)
@@ -72,7 +75,9 @@ class Script:
                 while place >= self.allowed:
                     await asyncio.sleep(0.01)
                 yield _event({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
-            if not self.is_cut:
+            if self.failure is not None:
+                yield _event({"error": {"message": self.failure, "type": "server_error"}})
+            elif not self.is_cut:
                 yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": self.finish}]})
                 usage = {"prompt_tokens": 9, "completion_tokens": len(self.pieces), "total_tokens": 9}
                 yield _event({"choices": [], "usage": usage})

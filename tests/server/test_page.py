@@ -255,6 +255,18 @@ def test_a_connection_that_breaks_is_told_and_what_came_stays(page: Browser, scr
     assert page.text(".meta") == "not complete"
 
 
+def test_a_failure_in_the_middle_is_told_and_the_answer_made_again(page: Browser, script: Script) -> None:
+    script.failure = "the engine ran out of memory"
+    ask(page, "Hello")
+    page.wait("!document.querySelector('#notice').hidden")
+    assert page.text("#notice").split("\n\n")[:2] == ["The server could not go on.", script.failure]
+    script.failure, script.pieces = None, ["Whole."]
+    page.click("#notice button")
+    page.wait(IS_DONE)
+    assert page.text(".answer").strip() == "Whole."
+    assert page.text(".meta").startswith("1 token ·")
+
+
 def test_a_key_is_asked_for_and_kept_in_the_tab(window: Browser, script: Script, base_url: str) -> None:
     script.key = "sesame"
     window.open(base_url)
