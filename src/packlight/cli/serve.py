@@ -112,7 +112,7 @@ def serve(
         from packlight.runtime.serving.open import ServingOptions, open_engine
 
         chosen = ServingOptions(engine, context, users, kv_bytes, compile, threads, embeddings)
-        opened = open_engine(model, chosen)
+        opened = open_engine(model, chosen, complain)
     except (PacklightError, OSError):
         bound.close()
         raise

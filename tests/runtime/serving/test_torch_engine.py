@@ -282,8 +282,7 @@ def test_a_compiled_engine_answers_alike_and_compiles_no_more(
     engine, plain = (
         TorchEngine(load_model(checkpoint), load_tokenizer(checkpoint), frozenset(), 1024, 4) for _ in range(2)
     )
-    assert engine.model is not None
-    engine.model.compile("eager")
+    assert engine.compile("eager") > 0
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for one in (engine, plain):
         for place, prompt in enumerate(prompts(6, 60, seed=4)):

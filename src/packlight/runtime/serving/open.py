@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,17 +63,20 @@ class ServingOptions:
             raise UsageError(f"embeddings are made with {' or '.join(POOLINGS)}, not {self.pooling!r}")
 
 
-def open_engine(model: str, options: ServingOptions) -> ServingEngine:
+def open_engine(model: str, options: ServingOptions, say: Callable[[str], None]) -> ServingEngine:
     """The engine that serves a model.
+
+    Args:
+        say: is told in a line what takes long.
 
     Raises:
         UsageError: bad input, or a model that the engine does not serve.
         MissingExtraError: the engine's package is absent.
     """
-    return _torch_engine(model, options)
+    return _torch_engine(model, options, say)
 
 
-def _torch_engine(name: str, options: ServingOptions) -> TorchEngine:
+def _torch_engine(name: str, options: ServingOptions, say: Callable[[str], None]) -> TorchEngine:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     source, loader = split_loader(name)
@@ -85,9 +89,13 @@ def _torch_engine(name: str, options: ServingOptions) -> TorchEngine:
         pooling = known if options.pooling == known else pooling
     model = load_with(checkpoint, loader)
     tokens = kv_tokens(checkpoint, model.dtype, paged_context(model.config), options)
-    return TorchEngine(
+    engine = TorchEngine(
         model, tokenizer, stop_ids(model, tokenizer), tokens, options.users, options.context, pooling=pooling
     )
+    if options.is_compiled:
+        say("compiling the model for this process, which takes a minute or more ...")
+        say(f"compiled in {engine.compile():.1f} s; no request compiles anything")
+    return engine
 
 
 def kv_tokens(checkpoint: Checkpoint, dtype: torch.dtype, of_model: int | None, options: ServingOptions) -> int:

@@ -116,6 +116,11 @@ class TorchEngine(ServingEngine):
             )
         return [self._embed(prompt, self.pooling) for prompt in prompts]
 
+    def compile(self, backend: str = "inductor") -> float:
+        """Compile the model, for any batch; returns the seconds that it took. Raises what `PagedModel.compile` does."""
+        assert self.model is not None
+        return self.model.compile(backend)
+
     def close(self) -> None:
         self.model = None
 
