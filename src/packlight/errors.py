@@ -8,7 +8,8 @@
     ├── MissingExtraError       an optional dependency is absent; the message holds the install line, exit 2
     ├── BudgetError             no recipe meets the budget, or the finished artifact missed it, exit 3
     ├── ProofError              what was saved is not what was computed, exit 1
-    └── MeasurementError        a child process that measures failed, exit 1
+    ├── MeasurementError        a child process that measures failed, exit 1
+    └── ApiError                an HTTP request is refused; in `server/errors.py`, as no other room knows of statuses
 
 A message says what was given, what is allowed and what to do next, in one sentence.
 """

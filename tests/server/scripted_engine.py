@@ -10,7 +10,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
+from threading import Event, get_ident
 
 from tests.conftest import save_byte_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -76,6 +76,7 @@ class ScriptedEngine:
         self.is_stepping = Event()
         self.cancelled: list[str] = []
         self.is_closed = False
+        self._owner: int | None = None
         self._waiting: deque[Request] = deque()
         self._running: dict[str, _Running] = {}
         self._steps = self._prompt_tokens = self._reused_tokens = self._generated_tokens = 0
@@ -89,15 +90,18 @@ class ScriptedEngine:
             raise UsageError(f"the schema {request.schema} cannot be followed: any object can")
 
     def add(self, request: Request) -> None:
+        self._check_thread()
         self.check(request)
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
+        self._check_thread()
         self.cancelled.append(request_id)
         self._running.pop(request_id, None)
         self._waiting = deque(one for one in self._waiting if one.id != request_id)
 
     def step(self) -> list[Delta]:
+        self._check_thread()
         self.is_stepping.set()
         self.may_step.wait()
         if self.fails_with is not None:
@@ -128,12 +132,18 @@ class ScriptedEngine:
         )
 
     def embed(self, prompts: list[tuple[int, ...]]) -> list[list[float]]:
+        self._check_thread()
         if self.dimensions is None:
             raise UsageError("this model was not made for embeddings: serve one that was")
         return [[float(prompt[place % len(prompt)]) for place in range(self.dimensions)] for prompt in prompts]
 
     def close(self) -> None:
         self.is_closed = True
+
+    def _check_thread(self) -> None:
+        """An engine belongs to one thread."""
+        self._owner = self._owner or get_ident()
+        assert self._owner == get_ident()
 
     def _expire_waiting(self) -> list[Delta]:
         late = [one for one in self._waiting if one.deadline is not None and one.deadline < time.monotonic()]
