@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -147,3 +148,14 @@ def test_head_and_keep_alive(server: Running) -> None:
     with httpx.Client() as client:
         assert client.head(f"{server.url}/health").status_code == 200
         assert client.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_every_file_that_the_real_page_names_is_served(server: Running) -> None:
+    found = server.get("/").text
+    named = re.findall(r'(?:href|src)="(/[^"]+)"', found)
+    assert named
+    for name in named:
+        file = server.get(name)
+        assert file.status_code == 200, name
+        named += [more for more in re.findall(r'from "(/page/[^"]+)"', file.text) if more not in named]
+    assert len(named) > 5
