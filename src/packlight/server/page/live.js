@@ -55,6 +55,7 @@ function show(stats, rates) {
 function showCache(used, capacity) {
   const share = capacity ? used / capacity : 0;
   byId("kv").textContent = capacity ? `${grouped(used)} of ${grouped(capacity)} tokens, ${formatShare(share)}` : "–";
+  byId("kv-bar").toggleAttribute("hidden", !capacity);
   byId("kv-bar").querySelector(".fill").setAttribute("width", String(100 * Math.min(1, share)));
 }
 
