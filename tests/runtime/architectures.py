@@ -18,9 +18,13 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.cache_utils import Cache
+
+from packlight.runtime.kv_cache import argument_name
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 256,
@@ -80,3 +84,9 @@ def save_architecture(name: str, directory: Path) -> None:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.save_pretrained(directory)
     save_byte_tokenizer(directory)
+
+
+def forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, **options: Any) -> torch.Tensor:
+    """Logits of new tokens behind those in the cache."""
+    logits: torch.Tensor = model(ids, use_cache=True, **{argument_name(model): cache}, **options).logits
+    return logits

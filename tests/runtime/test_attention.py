@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import TinyModel
-from tests.runtime.architectures import ALL
+from tests.runtime.architectures import ALL, forward
 from torch.nn.attention import SDPBackend
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -82,7 +82,7 @@ def padded_run(model: PreTrainedModel, steps: int = 3) -> torch.Tensor:
         options = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
         if model.config.model_type == "gpt2":
             options.pop("position_ids")
-        logits.append(model(chunk, past_key_values=memory, use_cache=True, **options).logits)
+        logits.append(forward(model, chunk, memory, **options))
     return torch.cat(logits, dim=1)[:, PADDING:]
 
 
@@ -128,8 +128,8 @@ def test_the_empty_rest_of_a_static_cache_is_not_attended_to(llama: PreTrainedMo
     for one in ("eager", backend):
         with use(llama, one), torch.inference_mode():
             memory = StaticCache(config=llama.config, max_cache_len=32)
-            first = llama(ids, past_key_values=memory, use_cache=True).logits
-            found.append(torch.cat([first, llama(ids[:, :1], past_key_values=memory, use_cache=True).logits], dim=1))
+            first = forward(llama, ids, memory)
+            found.append(torch.cat([first, forward(llama, ids[:, :1], memory)], dim=1))
     assert (found[0] - found[1]).abs().max() < TOLERANCE
 
 

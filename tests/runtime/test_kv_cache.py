@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.runtime.architectures import CONFIGS
+from tests.runtime.architectures import CONFIGS, forward
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -55,8 +55,8 @@ def test_logits_are_those_with_the_cache_of_transformers(
     theirs = DynamicCache()
     with torch.inference_mode():
         for chunk in (ids[:, :11], ids[:, 11:12], ids[:, 12:25], *ids[:, 25:].split(1, dim=1)):
-            found = model(chunk, past_key_values=ours, use_cache=True).logits
-            wanted = model(chunk, past_key_values=theirs, use_cache=True).logits
+            found = forward(model, chunk, ours)
+            wanted = forward(model, chunk, theirs)
             assert torch.equal(found, wanted)
     assert ours.get_seq_length() == theirs.get_seq_length() == 30
 
@@ -70,8 +70,8 @@ def test_windows_are_kept_by_the_masks(architecture_dir: Callable[[str], Path]) 
         whole = model(ids, use_cache=False).logits
         for place in range(30):
             one = ids[:, place : place + 1]
-            found = model(one, past_key_values=ours, use_cache=True).logits
-            torch.testing.assert_close(found, model(one, past_key_values=theirs, use_cache=True).logits)
+            found = forward(model, one, ours)
+            torch.testing.assert_close(found, forward(model, one, theirs))
             torch.testing.assert_close(found, whole[:, place : place + 1])
 
 
@@ -111,13 +111,13 @@ def test_a_prompt_larger_than_the_cache() -> None:
 def test_the_overflow_reaches_whoever_runs_the_model(tiny: PreTrainedModel) -> None:
     cache = kv_cache.allocate(tiny.config, 4)
     with pytest.raises(UsageError, match="shorten the prompt"), torch.inference_mode():
-        tiny(torch.ones(1, 5, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        forward(tiny, torch.ones(1, 5, dtype=torch.int64), cache)
 
 
 def test_the_bytes_are_those_that_were_asked_for(tiny: PreTrainedModel) -> None:
     cache = kv_cache.allocate(tiny.config, 50)
     with torch.inference_mode():
-        tiny(torch.ones(2, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        forward(tiny, torch.ones(2, 1, dtype=torch.int64), cache)
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     # 2 layers of keys and values: 2 users, 2 heads, 50 tokens, 16 wide, 4 bytes
     assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 2 * 2 * (2 * 2 * 50 * 16 * 4)
@@ -137,7 +137,7 @@ def test_layers_without_keys_and_values_get_the_cache_of_transformers() -> None:
 def run(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
     """Logits of all positions, (batch, tokens, vocab), computed in chunks of these lengths."""
     with torch.inference_mode():
-        parts = [model(chunk, past_key_values=cache, use_cache=True).logits for chunk in ids.split(chunks, dim=1)]
+        parts = [forward(model, chunk, cache) for chunk in ids.split(chunks, dim=1)]
     return torch.cat(parts, dim=1)
 
 

@@ -114,7 +114,7 @@ def _model(path: str, backend: str, ids: list[int], dtype: str) -> AttentionCost
 
     def read(prompt: torch.Tensor) -> int:
         cache = kv_cache.allocate(model.config, prompt.shape[1])
-        logits = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(prompt, **{kv_cache.argument_name(model): cache}, use_cache=True, logits_to_keep=1).logits
         return int(logits[0, -1].argmax())
 
     prompt = torch.tensor([ids])

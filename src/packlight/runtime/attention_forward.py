@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from packlight.ops.attention import tiled_attention
@@ -127,7 +128,7 @@ def _case(
         has_sinks=more.get("s_aux") is not None,
         has_dense_mask=isinstance(mask, torch.Tensor),
         has_position_bias=more.get("position_bias") is not None,
-        is_paged=more.get("cache") is not None,
+        is_paged=not isinstance(more.get("cache"), Cache | None),
         needs_weights=bool(more.get("output_attentions")),
         needs_grad=query.requires_grad,
     )

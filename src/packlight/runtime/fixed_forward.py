@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from packlight.errors import UsageError
 from packlight.runtime.fixed_shapes import FixedShapeDecoder, Shapes
 from packlight.runtime.grouped_attention import use_grouped_attention_
-from packlight.runtime.kv_cache import layer_kinds
+from packlight.runtime.kv_cache import argument_name, layer_kinds
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -72,7 +72,7 @@ class FixedForward(nn.Module):
         super().__init__()
         check_architecture(model)
         use_grouped_attention_(model)
-        self.model = model
+        self.model, self.cache_name = model, argument_name(model)
         self.is_sliding = [kind == "sliding_attention" for kind in layer_kinds(model.config)]
 
     def forward(
@@ -101,9 +101,9 @@ class FixedForward(nn.Module):
             ids,
             attention_mask=torch.arange(keys[0].shape[2]) >= padding[:, None],  # (batch, buffer)
             position_ids=(places - padding[:, None]).clamp(min=0),  # (batch, tokens)
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=last,
+            **{self.cache_name: cache},
         )
         logits: torch.Tensor = out.logits[:, 0]
         return logits
@@ -134,7 +134,7 @@ def check_architecture(model: PreTrainedModel) -> None:
 def allocate_cache(model: PreTrainedModel, shapes: Shapes) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Zeroed keys and values of each layer, (batch, kv_heads, buffer, head_dim); their widths come from a trial run."""
     trial = DynamicCache()
-    model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=trial, use_cache=True)
+    model(torch.zeros(1, 1, dtype=torch.int64), use_cache=True, **{argument_name(model): trial})
 
     def zeros(like: torch.Tensor) -> torch.Tensor:
         return torch.zeros(shapes.batch, like.shape[1], shapes.buffer, like.shape[3], dtype=like.dtype)

@@ -7,10 +7,11 @@ between two steps, as `plan.kv_cache` predicts it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from packlight.errors import UsageError
@@ -45,6 +46,11 @@ def allocate(config: PreTrainedConfig, capacity: int, kind: KVCacheKind = "stati
     if kind == "growing":
         return DynamicCache(config=config)
     return Cache(layers=list(_layers(config, capacity, kind, window)))
+
+
+def argument_name(model: PreTrainedModel) -> str:
+    """What the model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:

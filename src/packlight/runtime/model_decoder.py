@@ -166,18 +166,19 @@ def prefill(
         takes_positions: whether the model's forward has `position_ids`; others find them from the mask.
     """
     logits: torch.Tensor | None = None
+    cache_name = kv_cache.argument_name(model)
     for start in range(0, ids.shape[1], PREFILL_CHUNK):
         chunk = ids[:, start : start + PREFILL_CHUNK].to(model.device)
         past = int(cache.get_seq_length())
         end = past + chunk.shape[1]
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {cache_name: cache}
         if mask is not None:
             more["attention_mask"] = mask[:, :end].to(model.device)
             if takes_positions:
                 more["position_ids"] = positions(more["attention_mask"])[:, past:]
         if window is not None and chunk.shape[1] > 1:
             more["attention_mask"] = window_mask(model.dtype, past, end, window, len(ids), mask).to(model.device)
-        logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1, **more).logits
+        logits = model(chunk, use_cache=True, logits_to_keep=1, **more).logits
     assert logits is not None
     return logits[:, -1]
 
