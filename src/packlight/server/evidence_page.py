@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from packlight.evidence import LEDGER_NAME, read
+from packlight.evidence import LEDGER_NAME, Measurement, read
 from packlight.server.settings import Served
 
 RECIPE_NAME = "recipe.yaml"
-_FIELDS = ("name", "value", "unit", "subject", "predicted", "spread", "n", "note")
 
 
 def evidence(served: Served) -> dict[str, Any]:
@@ -22,11 +22,14 @@ def evidence(served: Served) -> dict[str, Any]:
     return {
         "model": served.name,
         "recipe": yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None,
-        "rows": [
-            {field: _finite(getattr(row, field)) for field in _FIELDS if getattr(row, field) is not None}
-            for row in read(served.directory / LEDGER_NAME)
-        ],
+        "rows": [_row(row) for row in read(served.directory / LEDGER_NAME)],
     }
+
+
+def _row(row: Measurement) -> dict[str, Any]:
+    """What the row knows; the value always, which is null for a failure."""
+    known = {name: _finite(value) for name, value in asdict(row).items() if value is not None and value != {}}
+    return {"value": None, **known}
 
 
 def _finite(value: Any) -> Any:
