@@ -143,10 +143,22 @@ def test_what_prompts_begin_with_in_common_is_computed_once(engine: TorchEngine)
     delta = next(delta for _ in range(3) for delta in engine.step())
     assert delta.reused_tokens == 5 * BLOCK
     after = engine.stats()
-    assert after.prompt_tokens - before.prompt_tokens == len(system) + 2 - 5 * BLOCK
+    assert after.prompt_tokens - before.prompt_tokens == len(system) + 2
     assert after.reused_tokens - before.reused_tokens == 5 * BLOCK
     drain(engine)
     assert ask(engine, (*system, 1, 2, 3)) == first
+
+
+def test_prompts_that_come_together_and_begin_alike_are_read_once(engine: TorchEngine) -> None:
+    """The others wait for the first to read what they share, and are admitted together then."""
+    system = tuple(TEXT[: 10 * BLOCK + 2])
+    for place in range(4):
+        engine.add(Request(str(place), (*system, place), Sampling(max_tokens=6)))
+    engine.add(Request("same", (*system, 0), Sampling(max_tokens=6)))
+    made = drain(engine)
+    assert engine.stats().reused_tokens == 4 * 10 * BLOCK
+    assert made["same"] == made["0"]
+    assert made == {**made, **{str(place): ask(engine, (*system, place), Sampling(max_tokens=6)) for place in range(4)}}
 
 
 def test_cancelled_requests_free_what_they_held(engine: TorchEngine) -> None:

@@ -47,6 +47,17 @@ class BlockPool:
 
         The last token is left out: it has to be computed, as its logits are wanted.
         """
+        found, content = self._find(tokens)
+        for block in found:
+            self._left.pop(block, None)
+            self._holders[block] += 1
+        return found, content
+
+    def known(self, tokens: Sequence[int]) -> int:
+        """How many blocks `match` would find."""
+        return len(self._find(tokens)[0])
+
+    def _find(self, tokens: Sequence[int]) -> tuple[list[int], int]:
         found: list[int] = []
         content = ROOT
         for start in range(0, (len(tokens) - 1) // BLOCK * BLOCK, BLOCK):
@@ -55,9 +66,6 @@ class BlockPool:
                 break
             block, content = known
             found.append(block)
-        for block in found:
-            self._left.pop(block, None)
-            self._holders[block] += 1
         return found, content
 
     def allocate(self, count: int) -> list[int] | None:

@@ -57,7 +57,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Stats:
-    """The engine now, and since it began."""
+    """The engine now, and since it began. `prompt_tokens` counts those of `reused_tokens` too."""
 
     running: int
     waiting: int

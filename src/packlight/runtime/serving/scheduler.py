@@ -98,12 +98,22 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Hold blocks for all its tokens, where there are as many and one more for everybody who runs."""
+        if self._is_being_read(sequence):
+            return False
         if -(-len(sequence.tokens) // BLOCK) + len(self.running) > self.pool.free:
             return False
         sequence.begin(self.pool)
         is_reserved = sequence.reserve(self.pool, len(sequence.tokens))
         assert is_reserved
         return True
+
+    def _is_being_read(self, sequence: Sequence) -> bool:
+        """Whether somebody who runs is about to compute its next block: it waits for that instead of doing it too."""
+        end = (self.pool.known(sequence.tokens) + 1) * BLOCK
+        if end >= len(sequence.tokens):
+            return False
+        beginning = sequence.tokens[:end]
+        return any(one.left > 1 and one.tokens[:end] == beginning for one in self.running)
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Room for its next token, if need be that of the youngest; False where it was the youngest itself."""

@@ -162,9 +162,9 @@ class TorchEngine(ServingEngine):
     def _count(self, part: Part) -> None:
         sequence = part.sequence
         if sequence.made == 0:
-            self._prompt_tokens += part.count
-            if sequence.computed == sequence.reused:  # its first part
-                self._reused_tokens += sequence.reused
+            is_first = sequence.computed == sequence.reused
+            self._reused_tokens += sequence.reused if is_first else 0
+            self._prompt_tokens += part.count + (sequence.reused if is_first else 0)
 
     def _embed(self, prompt: tuple[int, ...], pooling: Pooling) -> list[float]:
         self.check(Request("", prompt, Sampling()))
