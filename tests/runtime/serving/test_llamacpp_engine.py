@@ -21,6 +21,8 @@ from packlight.runtime.sampling import Sampling, Token
 from packlight.runtime.serving.engine import Finish, Request
 from packlight.runtime.serving.llamacpp_engine import LlamaCppEngine
 from packlight.runtime.serving.llamacpp_flight import Vocabulary
+from packlight.runtime.serving.open import ServingOptions, open_engine
+from packlight.runtime.serving.torch_engine import TorchEngine
 from packlight.runtime.text import stream_text
 from packlight.runtime.tokenizer import raw_ids
 
@@ -297,6 +299,22 @@ def test_a_damaged_file_is_an_error_and_no_crash(gguf: Path, tmp_path: Path) -> 
     metadata, tensors = model(llama__context_length=CONTEXT)
     with pytest.raises(CheckpointError, match=r"llama\.cpp cannot load"):
         LlamaCppEngine(write(damaged, metadata, tensors[1:]), users=1, threads=1)
+
+
+def test_a_gguf_file_is_served_by_llamacpp_where_it_can_be(gguf: Path, tmp_path: Path) -> None:
+    for name, options in (
+        (str(gguf), ServingOptions(users=1)),
+        (str(gguf), ServingOptions("llamacpp", context=64, users=1)),
+    ):
+        opened = open_engine(name, options)
+        assert isinstance(opened, LlamaCppEngine)
+        opened.close()
+    assert isinstance(open_engine(str(gguf), ServingOptions("torch")), TorchEngine)
+    assert isinstance(open_engine(str(gguf), ServingOptions(pooling="mean")), TorchEngine)
+    with pytest.raises(UsageError, match="none: give one"):
+        open_engine(str(tmp_path), ServingOptions("llamacpp"))
+    with pytest.raises(UsageError, match="--engine torch"):
+        open_engine(str(gguf), ServingOptions("llamacpp", is_compiled=True))
 
 
 def test_without_llamacpp_the_install_line_is_named(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-from packlight.checkpoint.open import Checkpoint, open_checkpoint
+from packlight.checkpoint.demo import demo_file
+from packlight.checkpoint.open import DEMO, Checkpoint, open_checkpoint
 from packlight.checkpoint.tensors import check_architecture
 from packlight.errors import UsageError
 from packlight.plan.memory import kv_elements_per_layer
@@ -16,6 +19,7 @@ from packlight.runtime.bitsandbytes import check_loader, load_with
 from packlight.runtime.loader import split_loader
 from packlight.runtime.serving.blocks import BLOCK
 from packlight.runtime.serving.engine import ServingEngine
+from packlight.runtime.serving.llamacpp_engine import LlamaCppEngine
 from packlight.runtime.serving.paged_model import paged_context
 from packlight.runtime.serving.pooling import POOLINGS, Pooling, declared_pooling
 from packlight.runtime.serving.torch_engine import TorchEngine
@@ -73,7 +77,22 @@ def open_engine(model: str, options: ServingOptions, say: Callable[[str], None])
         UsageError: bad input, or a model that the engine does not serve.
         MissingExtraError: the engine's package is absent.
     """
+    is_llamacpps = model.endswith(".gguf") and find_spec("xllamacpp") is not None and _is_plain(options)
+    if options.engine == "llamacpp" or (options.engine == "auto" and is_llamacpps):
+        return _llamacpp_engine(model, options)
     return _torch_engine(model, options, say)
+
+
+def _llamacpp_engine(name: str, options: ServingOptions) -> LlamaCppEngine:
+    file = demo_file() if name == DEMO else Path(name).expanduser()
+    if file.suffix != ".gguf":
+        raise UsageError(f"llama.cpp serves .gguf files, and {name} is none: give one, or leave --engine out")
+    if not _is_plain(options):
+        raise UsageError(
+            "llama.cpp keeps a context for each user, compiles nothing and makes no embeddings here: give --context "
+            "and --users alone, or --engine torch"
+        )
+    return LlamaCppEngine(file, options.context, options.users, options.threads)
 
 
 def _torch_engine(name: str, options: ServingOptions, say: Callable[[str], None]) -> TorchEngine:
@@ -116,3 +135,8 @@ def kv_tokens(checkpoint: Checkpoint, dtype: torch.dtype, of_model: int | None, 
         raise UsageError("the model does not say how long a text may be: give --context")
     share = int(SHARE_OF_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // per_token
     return min(context * options.users, max(context if options.context is not None else BLOCK, share))
+
+
+def _is_plain(options: ServingOptions) -> bool:
+    """Whether nothing was asked for that llama.cpp cannot do."""
+    return options.kv_bytes is None and not options.is_compiled and options.pooling is None
