@@ -306,15 +306,15 @@ def test_a_gguf_file_is_served_by_llamacpp_where_it_can_be(gguf: Path, tmp_path:
         (str(gguf), ServingOptions(users=1)),
         (str(gguf), ServingOptions("llamacpp", context=64, users=1)),
     ):
-        opened = open_engine(name, options)
+        opened = open_engine(name, options, print)
         assert isinstance(opened, LlamaCppEngine)
         opened.close()
-    assert isinstance(open_engine(str(gguf), ServingOptions("torch")), TorchEngine)
-    assert isinstance(open_engine(str(gguf), ServingOptions(pooling="mean")), TorchEngine)
+    assert isinstance(open_engine(str(gguf), ServingOptions("torch"), print), TorchEngine)
+    assert isinstance(open_engine(str(gguf), ServingOptions(pooling="mean"), print), TorchEngine)
     with pytest.raises(UsageError, match="none: give one"):
-        open_engine(str(tmp_path), ServingOptions("llamacpp"))
+        open_engine(str(tmp_path), ServingOptions("llamacpp"), print)
     with pytest.raises(UsageError, match="--engine torch"):
-        open_engine(str(gguf), ServingOptions("llamacpp", is_compiled=True))
+        open_engine(str(gguf), ServingOptions("llamacpp", is_compiled=True), print)
 
 
 def test_without_llamacpp_the_install_line_is_named(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
