@@ -126,7 +126,17 @@ def environment(threads: int | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("packlight", "torch", "transformers", "compressed-tensors")},
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """The CUDA device of a process that computes on one; nothing elsewhere. Imports and starts nothing."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {"gpu": found.name, "gpu_bytes": found.total_memory, "cuda": torch.version.cuda}
 
 
 def cpu_name() -> str:

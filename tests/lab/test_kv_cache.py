@@ -34,7 +34,7 @@ def study(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPath
     """The verb, quick, on the tiny model."""
     out = tmp_path_factory.mktemp("lab") / "kv"
     with pytest.MonkeyPatch.context() as patched:  # six processes would take a minute
-        patched.setattr(lab.child, "ask", lambda arguments, request, threads: lab._in_child(**request))
+        patched.setattr(lab.child, "ask", lambda arguments, request, threads: lab._measure(**request))
         ended = call("lab", "kv-cache", tiny_model_dir(), "--quick", "--context", 200, "--out", out, "--threads", 1)
     assert ended.code == 0, ended.err
     assert ended.out.count("cache,") >= len(KINDS)

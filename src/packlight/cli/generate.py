@@ -57,6 +57,7 @@ def generate(
         bool, typer.Option("--compile", help="Compile the model first, which takes a minute or more.")
     ] = False,
     method: options.Loader = None,
+    device: options.Device = "auto",
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -92,7 +93,7 @@ def generate(
         stop=tuple(stop or ()),
         logprobs=logprobs,
     )
-    engine = Engine(_kind(kv_cache, no_cache), window, _backend(attention), compile)
+    engine = Engine(_kind(kv_cache, no_cache), window, _backend(attention), compile, device)
     model = with_loader(model, method)
     start = time.monotonic()
     made, ids = converse(model, prompt, sampling, raw, system, engine, threads)

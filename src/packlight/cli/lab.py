@@ -59,6 +59,7 @@ def flash_attention(
     ledger: Annotated[
         Path | None, typer.Option("--ledger", help="File for the rows alone.", show_default=False)
     ] = None,
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -89,6 +90,7 @@ def flash_attention(
     from packlight.lab import flash_attention as lab
     from packlight.lab import flash_attention_report as report
     from packlight.measure.bandwidth import hardware
+    from packlight.runtime.device import choose_device
 
     if quick:
         asked, repeated = asked or list(lab.QUICK_LENGTHS), repeated or list(lab.QUICK_REPEATS)
@@ -96,11 +98,11 @@ def flash_attention(
         report.check_plot()
     threads = hardware(threads, is_probed=False).threads
     checkpoint = open_checkpoint(model)
-    study = lab.plan_study(checkpoint, asked, repeated, compared, dtype, threads)
+    study = lab.plan_study(checkpoint, asked, repeated, compared, dtype, threads, choose_device(device))
     with progress(quiet) as shown, _target(out, ledger) as path:
         rows = Ledger(path, threads)
         lab.check_settings(study, rows)
-        shown.say(f"{len(study.points)} points, each in a process of its own; the longest come last")
+        shown.say(f"{len(study.points)} points; the longest come last")
         tick = shown.stage("measuring", len(study.points))
         lab.run(study, checkpoint, rows, tick)
     if out is not None:
@@ -121,6 +123,7 @@ def kv_cache(
     dtype: Annotated[str | None, typer.Option("--dtype", help="Compute dtype; default: as stored.")] = None,
     out: Out = None,
     quick: Quick = False,
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -136,12 +139,13 @@ def kv_cache(
     from packlight.lab.kv_cache_figures import draw, growth_table, tables
     from packlight.lab.kv_cache_study import run
     from packlight.lab.study import Study
+    from packlight.runtime.device import choose_device
 
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise UsageError(f"--dtype is one of {', '.join(FLOAT_DTYPES)}, not {dtype!r}")
     study = Study(out or Path("build/lab/kv-cache"), threads)
     with progress(quiet) as shown:
-        steps = run(study, model, context, dtype, quick, threads, shown)
+        steps = run(study, model, context, dtype, quick, threads, shown, choose_device(device))
     shown_tables = [growth_table(steps), *tables(study.rows)]
     study.finish(shown_tables, lambda figure: draw(figure, study.rows))
     if json:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from packlight.errors import UsageError
+from packlight.runtime.device import DEVICES
 from packlight.spec import Budget, parse_size
 
 MOST_TOKENS, MOST_USERS = 10**9, 10**6
@@ -43,6 +44,7 @@ Loader = Annotated[
     str | None,
     typer.Option("--method", help="Quantize with bitsandbytes while loading.", metavar="bnb-int8|bnb-nf4"),
 ]
+Device = Annotated[str, typer.Option("--device", help="Where to compute.", metavar="|".join(DEVICES))]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads to compute with; default: the physical cores.", min=1)
 ]

@@ -93,6 +93,7 @@ class Study:
         backends: which to compare.
         dtype: of the computation.
         threads: threads of the measuring processes.
+        device: `cpu` or `cuda`.
     """
 
     model: str
@@ -102,6 +103,7 @@ class Study:
     backends: tuple[str, ...] = BACKENDS
     dtype: str = "float32"
     threads: int | None = None
+    device: str = "cpu"
 
     @property
     def points(self) -> list[Point]:
@@ -112,7 +114,8 @@ class Study:
     @property
     def settings(self) -> str:
         """What must be the same when a study goes on."""
-        return dumps({"model": self.model, **asdict(self.shape), "dtype": self.dtype, "threads": self.threads})
+        where = {"threads": self.threads} if self.device == "cpu" else {"device": self.device}
+        return dumps({"model": self.model, **asdict(self.shape), "dtype": self.dtype, **where})
 
 
 def plan_study(
@@ -122,6 +125,7 @@ def plan_study(
     backends: Sequence[str] = BACKENDS,
     dtype: str = "float32",
     threads: int | None = None,
+    device: str = "cpu",
 ) -> Study:
     """A study on the shape of a checkpoint.
 
@@ -134,7 +138,7 @@ def plan_study(
             model.
     """
     spec = checkpoint.spec
-    _check_backends(checkpoint, backends, dtype)
+    _check_backends(checkpoint, backends, dtype, device)
     chosen = _fitting(spec, "--lengths", LENGTHS if lengths is None else lengths, lambda n: n, lengths is not None)
     tokenizer = load_tokenizer(checkpoint)
     ids: list[int] = tokenizer(SYSTEM_PROMPT, add_special_tokens=False, verbose=False)["input_ids"]
@@ -147,7 +151,7 @@ def plan_study(
     )
     shape = LayerShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
     prompts = tuple(tuple(ids * n) for n in times)
-    return Study(checkpoint.source, shape, chosen, prompts, tuple(backends), dtype, threads)
+    return Study(checkpoint.source, shape, chosen, prompts, tuple(backends), dtype, threads, device)
 
 
 def check_settings(study: Study, ledger: Ledger) -> None:
@@ -223,9 +227,9 @@ def exponent_rows(rows: Sequence[Measurement]) -> list[Measurement]:
     ]
 
 
-def _check_backends(checkpoint: Checkpoint, backends: Sequence[str], dtype: str) -> None:
+def _check_backends(checkpoint: Checkpoint, backends: Sequence[str], dtype: str, device: str) -> None:
     """Refuse before the first measurement what a measuring process would refuse."""
-    case = replace(model_case(empty_model(checkpoint, dtype)), device="cpu")
+    case = replace(model_case(empty_model(checkpoint, dtype)), device=device)
     for backend in backends:
         check_case(backend, case)
 
@@ -247,8 +251,9 @@ def _fitting(
 
 def _cost(study: Study, checkpoint: Checkpoint, point: Point, prompts: dict[int, tuple[int, ...]]) -> AttentionCost:
     if point.level == "layer":
-        return layer_cost(point.backend, point.tokens, study.shape, study.dtype, study.threads)
-    return model_cost(checkpoint.path, point.backend, prompts[point.tokens], study.dtype, study.threads)
+        return layer_cost(point.backend, point.tokens, study.shape, study.dtype, study.threads, study.device)
+    ids = prompts[point.tokens]
+    return model_cost(checkpoint.path, point.backend, ids, study.dtype, study.threads, study.device)
 
 
 def _rows(point: Point, measure: Callable[[], AttentionCost]) -> list[Measurement]:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.evidence import Measurement
 from packlight.measure import child
-from packlight.measure.memory import current_bytes, flush, peak_bytes
+from packlight.measure.memory import current_bytes, flush, peak_bytes, wait
 from packlight.plan.kv_advice import PAYS, advise
 from packlight.plan.kv_cache import KVCacheKind, kind_bytes
 from packlight.plan.memory import OVERHEAD_ACTIVATIONS, OVERHEAD_BYTES, runtime_bytes
@@ -88,10 +88,14 @@ def times(model: PreTrainedModel, length: int, repeats: int = REPEATS) -> list[M
     cache = kv_cache.allocate(model.config, length + repeats + 1)
     ids = _ids(model, length + 1)
     prefill(model, ids[:, :length], cache)
+    device = model.device.type
     without = UncachedDecoder(model)
     without.prefill(ids)  # warm
     pairs = [
-        (_seconds(lambda: step(model, ids[:, -1:], cache)), _seconds(lambda: without.prefill(ids)))
+        (
+            _seconds(lambda: step(model, ids[:, -1:], cache), device),
+            _seconds(lambda: without.prefill(ids), device),
+        )
         for _ in range(repeats)
     ]
     cached, uncached = zip(*pairs, strict=True)
@@ -126,21 +130,36 @@ def break_even(
 
 
 def kind(
-    checkpoint: Checkpoint, dtype: str, name: KVCacheKind, context: int, window: int, threads: int | None
+    checkpoint: Checkpoint,
+    dtype: str,
+    name: KVCacheKind,
+    context: int,
+    window: int,
+    threads: int | None,
+    device: str = "cpu",
 ) -> list[Measurement]:
-    """One kind of cache, in a process of its own.
+    """One kind of cache; on a CPU in a process of its own.
 
     Args:
         window: of the sliding cache in a model that has none of its own.
     """
     spec = checkpoint.spec
     own = window if name == "sliding" and spec.sliding_window is None else None
-    request = {"path": str(checkpoint.path), "dtype": dtype, "context": context, "kind": name, "window": own}
-    made = child.ask(["-m", "packlight.lab.kv_cache"], request, threads)
+    request: dict[str, Any] = {
+        "path": str(checkpoint.path),
+        "dtype": dtype,
+        "context": context,
+        "kind": name,
+        "window": own,
+        "device": device,
+    }
+    made = _measure(**request) if device != "cpu" else child.ask(["-m", "packlight.lab.kv_cache"], request, threads)
     subject = kind_subject(name, context)
     planned = kind_bytes(spec, name, context, 1, dtype, own)
     memory = runtime_bytes(spec, spec.stored or Precision(dtype), Budget(None, context, 1))
-    beside = memory.activations + OVERHEAD_ACTIVATIONS * memory.activations + OVERHEAD_BYTES
+    beside = memory.activations
+    if device == "cpu":
+        beside += OVERHEAD_ACTIVATIONS * memory.activations + OVERHEAD_BYTES
     window_note = f"window of {own} tokens" if own else None
     return [
         Measurement("kv_cache_bytes", made["held"], "bytes", subject, predicted=planned.held, note=window_note),
@@ -174,15 +193,17 @@ def kind_subject(name: KVCacheKind, context: int) -> str:
     return f"{name} cache, {context} tokens"
 
 
-def _in_child(path: str, dtype: str, context: int, kind: KVCacheKind, window: int | None) -> dict[str, Any]:
+def _measure(
+    path: str, dtype: str, context: int, kind: KVCacheKind, window: int | None, device: str = "cpu"
+) -> dict[str, Any]:
     """Prefill all but `STEPS` tokens and decode those; then the same text with the static cache, for the divergence."""
-    model = load_model(open_checkpoint(path), dtype)
+    model = load_model(open_checkpoint(path), dtype, device)
     ids = _ids(model, context)
     _decode(model, ids[:, : STEPS * 2], "static", None)  # warm
-    flush()
-    base = current_bytes()
+    flush(device)
+    base = current_bytes(device)
     seconds, logits, held = _decode(model, ids, kind, window)
-    peak = peak_bytes() - base
+    peak = peak_bytes(device) - base
     _, exact, _ = _decode(model, ids, "static", None)
     p, q = torch.log_softmax(exact.float(), -1), torch.log_softmax(logits.float(), -1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
@@ -195,11 +216,11 @@ def _decode(
     """Seconds of each step, logits of each (steps, vocab), and the bytes of the cache at the end."""
     decoder = CachedDecoder(model, ids.shape[1], kind, window)
     decoder.prefill(ids[:, :-STEPS])
-    seconds, logits = [], []
+    seconds: list[float] = []
+    logits: list[torch.Tensor] = []
     for place in range(ids.shape[1] - STEPS, ids.shape[1]):
-        start = time.perf_counter()
-        logits.append(decoder.step(ids[:, place : place + 1])[0])
-        seconds.append(time.perf_counter() - start)
+        one = ids[:, place : place + 1]
+        seconds.append(_seconds(lambda: logits.append(decoder.step(one)[0]), model.device.type))  # noqa: B023 - at once
     assert decoder.cache is not None
     return seconds, torch.stack(logits), kv_cache.held_bytes(decoder.cache)
 
@@ -227,9 +248,11 @@ def _median(name: str, seconds: Sequence[float], subject: str) -> Measurement:
     return Measurement(name, statistics.median(seconds), "s", subject, spread=spread, n=len(seconds), note=note)
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object], device: str = "cpu") -> float:
+    wait(device)
     start = time.perf_counter()
     run()
+    wait(device)
     return time.perf_counter() - start
 
 
@@ -240,4 +263,4 @@ def _ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    child.answer(_in_child(**child.request()))
+    child.answer(_measure(**child.request()))

@@ -24,7 +24,14 @@ SHORTEST = 32
 
 
 def run(
-    study: Study, model: str, context: int, dtype: str | None, is_quick: bool, threads: int | None, watcher: Watcher
+    study: Study,
+    model: str,
+    context: int,
+    dtype: str | None,
+    is_quick: bool,
+    threads: int | None,
+    watcher: Watcher,
+    device: str = "cpu",
 ) -> list[lab.Growth]:
     """Measure what the study lacks; returns the growth over a few steps, which is the same every time.
 
@@ -36,7 +43,7 @@ def run(
         raise UsageError(f"{checkpoint.spec.name} takes {checkpoint.spec.max_context} tokens, not {context}")
     machine = hardware(threads)
     torch.set_num_threads(machine.threads)
-    loaded = load_model(checkpoint, dtype)
+    loaded = load_model(checkpoint, dtype, device)
     name = str(loaded.dtype).removeprefix("torch.")
     lengths = [length for length in lab.LENGTHS if length < context] + [context]
     prompts = [prompt for prompt in lab.PROMPTS if prompt + lab.MOST_NEW <= context]
@@ -45,8 +52,11 @@ def run(
         context = lengths[-1]
     repeats = 2 if is_quick else lab.REPEATS
     tick = watcher.stage("a KV cache, measured", 1 + len(lengths) + len(prompts) + len(KINDS))
+    if device != "cpu":
+        prompts = []  # the plan's break-even points are made of what a CPU does per second
     kernels = [kernel for kernel in KERNELS if kernel in (name, *_stored_kernels(checkpoint.spec.stored))]
-    machine = replace(calibrate(machine, kernels), flops_per_s=matmul_flops(machine.threads))
+    if prompts:
+        machine = replace(calibrate(machine, kernels), flops_per_s=matmul_flops(machine.threads))
     steps = lab.growth(loaded, 4, 4)
     tick()
     for length in lengths:
@@ -57,7 +67,7 @@ def run(
         study.measure("break_even_tokens", lab.prompt_subject(prompt), measured)
         tick()
     for kind in KINDS:
-        measured = partial(lab.kind, checkpoint, name, kind, context, max(2, context // 4), machine.threads)
+        measured = partial(lab.kind, checkpoint, name, kind, context, max(2, context // 4), machine.threads, device)
         study.measure("kv_cache_bytes", lab.kind_subject(kind, context), measured)
         tick()
     return steps

@@ -1,8 +1,8 @@
 """What attention costs by backend and number of tokens: seconds, and peak memory beyond what was there before.
 
-Each point is measured in a child process of its own, of one layer's causal attention (`layer_cost`) or of a whole model
-that reads a prompt (`model_cost`). The peak is the highest resident memory during the call less that before it: the
-output, and with a model its KV cache and activations, are part of it.
+One layer's causal attention (`layer_cost`) or a whole model that reads a prompt (`model_cost`). On a CPU each point is
+measured in a child process of its own; on CUDA in this one, whose allocator counts exactly. The peak is the most memory
+in use during the call less that before it: the output, and with a model its KV cache and activations, are part of it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from packlight.checkpoint.open import open_checkpoint
+from packlight.errors import MeasurementError, UsageError
 from packlight.measure import child
-from packlight.measure.memory import current_bytes, flush, peak_bytes
+from packlight.measure.memory import current_bytes, flush, peak_bytes, wait
 from packlight.runtime import kv_cache
 from packlight.runtime.attention import attend, use
 from packlight.runtime.load import load_model
@@ -58,7 +59,12 @@ class LayerShape:
 
 
 def layer_cost(
-    backend: str, tokens: int, shape: LayerShape, dtype: str = "float32", threads: int | None = None
+    backend: str,
+    tokens: int,
+    shape: LayerShape,
+    dtype: str = "float32",
+    threads: int | None = None,
+    device: str = "cpu",
 ) -> AttentionCost:
     """Causal attention of one layer over random queries, keys and values, its mask included where it needs one.
 
@@ -66,14 +72,19 @@ def layer_cost(
         backend: any of `BACKEND_NAMES` but `flash-attn`.
 
     Raises:
-        MeasurementError: the child failed, for instance for lack of memory.
+        MeasurementError: it failed, for instance for lack of memory.
     """
-    request = {"backend": backend, "tokens": tokens, "shape": asdict(shape), "dtype": dtype}
+    request = {"backend": backend, "tokens": tokens, "shape": asdict(shape), "dtype": dtype, "device": device}
     return _ask("layer", request, threads)
 
 
 def model_cost(
-    path: Path, backend: str, ids: Sequence[int], dtype: str = "float32", threads: int | None = None
+    path: Path,
+    backend: str,
+    ids: Sequence[int],
+    dtype: str = "float32",
+    threads: int | None = None,
+    device: str = "cpu",
 ) -> AttentionCost:
     """A model reads a prompt in one piece, into a KV cache of just its length, and gives the logits of the next token.
 
@@ -82,22 +93,36 @@ def model_cost(
         ids: the prompt.
 
     Raises:
-        MeasurementError: the child failed, for instance for lack of memory, or because the backend refuses the model.
+        MeasurementError: it failed, for instance for lack of memory, or because the backend refuses the model.
     """
-    return _ask("model", {"path": str(path), "backend": backend, "ids": list(ids), "dtype": dtype}, threads)
+    request = {"path": str(path), "backend": backend, "ids": list(ids), "dtype": dtype, "device": device}
+    return _ask("model", request, threads)
 
 
 def _ask(kind: str, request: dict[str, Any], threads: int | None) -> AttentionCost:
+    if request["device"] != "cpu":
+        return _here(kind, request)
     answer = child.ask(["-m", "packlight.measure.attention_cost"], {"kind": kind, **request}, threads)
     return AttentionCost(**answer)
 
 
-def _layer(backend: str, tokens: int, shape: dict[str, int], dtype: str) -> AttentionCost:
+def _here(kind: str, request: dict[str, Any]) -> AttentionCost:
+    try:
+        return _measure(kind, **request)
+    except (torch.OutOfMemoryError, UsageError) as error:
+        raise MeasurementError(str(error).splitlines()[0]) from error
+
+
+def _measure(kind: str, **request: Any) -> AttentionCost:
+    return _model(**request) if kind == "model" else _layer(**request)
+
+
+def _layer(backend: str, tokens: int, shape: dict[str, int], dtype: str, device: str) -> AttentionCost:
     generator = torch.Generator().manual_seed(0)
 
     def random(num_heads: int, length: int) -> torch.Tensor:
         values = torch.randn(1, num_heads, length, shape["head_dim"], generator=generator)
-        return values.to(getattr(torch, dtype))
+        return values.to(device, getattr(torch, dtype))
 
     def attention(length: int) -> Callable[[], torch.Tensor]:
         kv = shape["num_kv_heads"]
@@ -106,34 +131,35 @@ def _layer(backend: str, tokens: int, shape: dict[str, int], dtype: str) -> Atte
 
     with torch.inference_mode():
         attention(min(tokens, _WARM_UP_TOKENS))()
-        return _measured(attention(tokens))
+        return _measured(attention(tokens), device)
 
 
-def _model(path: str, backend: str, ids: list[int], dtype: str) -> AttentionCost:
-    model = load_model(open_checkpoint(path), dtype)
+def _model(path: str, backend: str, ids: list[int], dtype: str, device: str) -> AttentionCost:
+    model = load_model(open_checkpoint(path), dtype, device)
 
     def read(prompt: torch.Tensor) -> int:
         cache = kv_cache.allocate(model.config, prompt.shape[1])
         logits = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return int(logits[0, -1].argmax())
 
-    prompt = torch.tensor([ids])
+    prompt = torch.tensor([ids], device=device)
     with use(model, backend), torch.inference_mode():
         read(prompt[:, :_WARM_UP_TOKENS])
-        return _measured(lambda: read(prompt))
+        return _measured(lambda: read(prompt), device)
 
 
-def _measured(call: Callable[[], Any]) -> AttentionCost:
+def _measured(call: Callable[[], Any], device: str) -> AttentionCost:
     seconds: list[float] = []
     peaks: list[int] = []
     result: Any = None
     while len(seconds) < REPEATS and sum(seconds) < ENOUGH_S:
         result = None
-        flush()
-        before, start = current_bytes(), time.perf_counter()
+        flush(device)
+        before, start = current_bytes(device), time.perf_counter()
         result = call()
+        wait(device)
         seconds.append(time.perf_counter() - start)
-        peaks.append(peak_bytes() - before)
+        peaks.append(peak_bytes(device) - before)
     return AttentionCost(
         seconds=statistics.median(seconds),
         seconds_spread=(max(seconds) - min(seconds)) / 2,
@@ -145,5 +171,4 @@ def _measured(call: Callable[[], Any]) -> AttentionCost:
 
 
 if __name__ == "__main__":
-    asked = child.request()
-    child.answer(asdict(_model(**asked) if asked.pop("kind") == "model" else _layer(**asked)))
+    child.answer(asdict(_measure(**child.request())))

@@ -28,6 +28,12 @@ def flush(device: str = "cpu") -> None:
     _CLEAR_REFS.write_text("5")  # resets VmHWM of this process, see proc(5)
 
 
+def wait(device: str = "cpu") -> None:
+    """Until a CUDA device has done what it was given: a clock that is read earlier measures the giving."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
 def current_bytes(device: str = "cpu") -> int:
     """Bytes in use now."""
     return torch.cuda.memory_allocated(device) if device.startswith("cuda") else _status("VmRSS")

@@ -79,6 +79,19 @@ class QuantizedTensor:
         rows, cols = self.codes.shape
         return rows, cols
 
+    def to(self, device: str) -> QuantizedTensor:
+        """The same on a device."""
+        if self.codes.device.type == device:
+            return self
+        coded, zero = self.coded_scale, self.zero_point
+        return QuantizedTensor(
+            self.codes.to(device),
+            self.scale.to(device),
+            None if zero is None else zero.to(device),
+            self.grid,
+            None if coded is None else CodedScale(coded.codes.to(device), coded.unit.to(device)),
+        )
+
     @classmethod
     def on(cls, scales: Scales, codes: torch.Tensor, grid: Grid) -> QuantizedTensor:
         """Codes on the points of a fitted grid."""

@@ -143,6 +143,8 @@ QUANTITIES = {
     "disk_bytes": Quantity("bytes on disk", _as_bytes),
     "bits_per_weight": Quantity("bits per weight", _as_number),
     "peak_bytes": Quantity("peak memory (predicted, difference)", _as_size),
+    "weights_bytes": Quantity("weights (planned, difference)", _as_size),
+    "generation_bytes": Quantity("peak of an answer (planned, difference)", _as_size),
     "base_bytes": Quantity("interpreter and torch, apart", _as_bytes),
     "perplexity": Quantity("perplexity ± standard error", _as_number),
     "kl": Quantity("KL to the original, nats (predicted)", _as_rate),

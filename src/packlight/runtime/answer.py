@@ -12,6 +12,7 @@ from packlight.errors import UsageError
 from packlight.plan.attention import AUTO
 from packlight.plan.kv_cache import KVCacheKind
 from packlight.runtime.decoder import Decoder
+from packlight.runtime.device import choose_device
 from packlight.runtime.generate import generate
 from packlight.runtime.package import is_package
 from packlight.runtime.sampling import Sampling, Token
@@ -28,6 +29,7 @@ class Engine:
         window: tokens that a sliding cache keeps.
         attention: one of `plan.attention.BACKEND_NAMES`.
         is_compiled: compile the model first, in fixed shapes; it brings its own cache and its own attention.
+        device: where the model computes, one of `runtime.device.DEVICES`.
 
     Raises:
         UsageError: choices that exclude each other.
@@ -37,6 +39,7 @@ class Engine:
     window: int | None = None
     attention: str = AUTO
     is_compiled: bool = False
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.window is not None and self.kv_cache != "sliding":
@@ -46,8 +49,8 @@ class Engine:
 
     @property
     def is_default(self) -> bool:
-        """Whether nothing was chosen: what a package, where everything is decided, can be asked for."""
-        return self == Engine()
+        """Whether nothing was chosen: what a package, where everything is decided for the CPU, can be asked for."""
+        return self in (Engine(), Engine(device="cpu"))
 
 
 @dataclass
@@ -132,7 +135,7 @@ def converse(
         threads: threads to compute with; None leaves torch's choice.
 
     Raises:
-        UsageError: bad input, or a prompt that does not fit the model's context.
+        UsageError: bad input, a prompt that does not fit the model's context, or no such device.
         MissingExtraError: the library of the loader or of the attention backend is absent.
     """
     if threads is not None:
@@ -141,7 +144,9 @@ def converse(
     encode = raw_ids if is_raw else prompt_ids
     if is_package(model):
         if not engine.is_default:
-            raise UsageError(f"{model} is a compiled package: cache and attention were decided when it was made")
+            raise UsageError(
+                f"{model} is a compiled package: cache, attention and device were decided when it was made"
+            )
         from packlight.runtime.package_decoder import load_package
 
         package = load_package(model)
@@ -150,6 +155,6 @@ def converse(
         return Conversation(package, tokenizer, package.stop_ids, sampling), ids
     from packlight.runtime.model_answer import open_model  # a package needs none of transformers' models
 
-    opened = open_model(model)
+    opened = open_model(model, choose_device(engine.device))
     ids = [encode(opened.tokenizer, prompt, system) for prompt in prompts]
     return Conversation(opened.decoder(ids, sampling, engine), opened.tokenizer, opened.stops, sampling), ids

@@ -66,8 +66,10 @@ def check_loader(checkpoint: Checkpoint, loader: str | None) -> None:
             )
 
 
-def load_with(checkpoint: Checkpoint, loader: str | None, dtype: str | None = None) -> PreTrainedModel:
-    """The whole model on the CPU, in evaluation mode; without a loader, as `load_model` does it.
+def load_with(
+    checkpoint: Checkpoint, loader: str | None, dtype: str | None = None, device: str = "cpu"
+) -> PreTrainedModel:
+    """The whole model on one device, in evaluation mode; without a loader, as `load_model` does it.
 
     Args:
         dtype: of the tensors that are left alone, and of the computation; default: as stored.
@@ -77,14 +79,14 @@ def load_with(checkpoint: Checkpoint, loader: str | None, dtype: str | None = No
         MissingExtraError: bitsandbytes is absent.
     """
     if loader is None:
-        return load_model(checkpoint, dtype)
+        return load_model(checkpoint, dtype, device)
     check_loader(checkpoint, loader)
     dtype = dtype or (checkpoint.spec.dtype if checkpoint.spec.dtype in FLOAT_DTYPES else "float32")
     for name, tensor in empty_model(checkpoint, dtype).state_dict(keep_vars=True).items():
         if name in checkpoint.index:
             check_shape(checkpoint, name, checkpoint.index[name].shape, tensor)
     with weights_apart():
-        model = load_through_transformers(checkpoint, dtype, **_options(loader, dtype))
+        model = load_through_transformers(checkpoint, dtype, **_options(loader, dtype, device))
     return _ready(model)
 
 
@@ -111,17 +113,21 @@ def state_bytes(model: PreTrainedModel) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())  # a tied matrix counts once
 
 
-def _options(loader: str, dtype: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained`."""
+def loader_config(loader: str, dtype: str) -> BitsAndBytesConfig:
+    """What a loader is in transformers' words; `dtype` is that of the computation."""
     # It says on every call that it casts inputs, and on import that a faster kernel is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if loader == "bnb-int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        # The default is to compute in float32, whatever the model's own dtype.
-        compute = getattr(torch, dtype)
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    return {"quantization_config": config, "device_map": {"": "cpu"}}  # else it takes a GPU where there is one
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # The default is to compute in float32, whatever the model's own dtype.
+    compute = getattr(torch, dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _options(loader: str, dtype: str, device: str = "cpu") -> dict[str, Any]:
+    """Arguments of `from_pretrained`."""
+    # A device is always named: else it takes a GPU where there is one.
+    return {"quantization_config": loader_config(loader, dtype), "device_map": {"": device}}
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:

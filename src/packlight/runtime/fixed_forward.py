@@ -43,7 +43,7 @@ class FixedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.keys is not None and self.values is not None
-        positions = self.start + torch.arange(key_states.shape[-2])
+        positions = self.start + torch.arange(key_states.shape[-2], device=key_states.device)
         self.keys.index_copy_(2, positions, key_states)
         self.values.index_copy_(2, positions, value_states)
         return self.keys, self.values
@@ -96,10 +96,10 @@ class FixedForward(nn.Module):
         """
         parts = zip(keys, values, self.is_sliding, strict=True)
         cache = Cache(layers=[FixedLayer(k, v, start, is_sliding) for k, v, is_sliding in parts])
-        places = start + torch.arange(ids.shape[1])
+        places = start + torch.arange(ids.shape[1], device=ids.device)
         out = self.model(
             ids,
-            attention_mask=torch.arange(keys[0].shape[2]) >= padding[:, None],  # (batch, buffer)
+            attention_mask=torch.arange(keys[0].shape[2], device=ids.device) >= padding[:, None],  # (batch, buffer)
             position_ids=(places - padding[:, None]).clamp(min=0),  # (batch, tokens)
             past_key_values=cache,
             use_cache=True,
@@ -134,10 +134,12 @@ def check_architecture(model: PreTrainedModel) -> None:
 def allocate_cache(model: PreTrainedModel, shapes: Shapes) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Zeroed keys and values of each layer, (batch, kv_heads, buffer, head_dim); their widths come from a trial run."""
     trial = DynamicCache()
-    model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=trial, use_cache=True)
+    model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=trial, use_cache=True)
 
     def zeros(like: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(shapes.batch, like.shape[1], shapes.buffer, like.shape[3], dtype=like.dtype)
+        return torch.zeros(
+            shapes.batch, like.shape[1], shapes.buffer, like.shape[3], dtype=like.dtype, device=like.device
+        )
 
     keys, values = [], []
     for layer in trial.layers:

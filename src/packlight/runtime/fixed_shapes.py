@@ -72,6 +72,7 @@ class FixedShapeDecoder(Decoder):
         self._forwards = prefill, decode
         self._keys, self._values = keys, values
         self._forms: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._device = keys[0].device if keys else torch.device("cpu")
         self._padding = torch.zeros(shapes.batch, dtype=torch.int64)
         self._num_sequences = 0
         self._seen: list[list[int]] = []
@@ -142,7 +143,7 @@ class FixedShapeDecoder(Decoder):
         if self._keys:
             return
         with torch.inference_mode(False):
-            made = [torch.zeros(shape, dtype=dtype) for shape, dtype in self._forms]
+            made = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in self._forms]
         self._keys, self._values = made[: len(made) // 2], made[len(made) // 2 :]
 
     def _common(self, rows: list[list[int]]) -> int:
@@ -154,7 +155,8 @@ class FixedShapeDecoder(Decoder):
 
     def _run(self, forward: Forward, ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
         start, last = torch.tensor(self.length), torch.tensor([num_tokens - 1])
-        logits = forward(ids, start, self._padding, last, self._keys, self._values)
+        parts = [part.to(self._device) for part in (ids, start, self._padding, last)]
+        logits = forward(*parts, self._keys, self._values)
         self.length += num_tokens
         return logits[: self._num_sequences]
 

@@ -64,8 +64,9 @@ class OffloadedLayer(StaticLayer):
     def _buffer(self, states: torch.Tensor) -> torch.Tensor:
         batch, heads, _, width = states.shape
         shape = (batch, heads, self.capacity, width)
-        if states.device.type != "cpu":
-            return torch.zeros(shape, dtype=states.dtype, pin_memory=states.device.type == "cuda")
+        # Not the device of `states`: they may be what this cache held before, in main memory.
+        if (device := torch.device(self.device or "cpu").type) != "cpu":
+            return torch.zeros(shape, dtype=states.dtype, pin_memory=device == "cuda")
         nbytes = math.prod(shape) * states.element_size()
         directory = cache_root()
         directory.mkdir(parents=True, exist_ok=True)

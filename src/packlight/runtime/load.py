@@ -26,12 +26,13 @@ from packlight.runtime.tokenizer import quiet
 logger = logging.getLogger(__name__)
 
 
-def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreTrainedModel:
-    """The whole model on the CPU, in evaluation mode.
+def load_model(checkpoint: Checkpoint, dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
+    """The whole model on one device, in evaluation mode. Beside the CPU, packed weights run on the reference kernel.
 
     Args:
         checkpoint: an opened directory, dense or in the compressed-tensors layout.
         dtype: of the tensors that are not packed, and of the computation; default: as stored.
+        device: where each tensor goes as soon as it is read.
 
     Raises:
         CheckpointError: tensors that the architecture needs are missing or have the wrong shape.
@@ -41,7 +42,7 @@ def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreTrainedMo
     packed = packed_names(checkpoint.index)
     unknown = _unknown(checkpoint, names, packed)
     if unknown and not packed:
-        return load_through_transformers(checkpoint, dtype)
+        return _moved(load_through_transformers(checkpoint, dtype), device)
     if unknown:
         raise CheckpointError(f"{checkpoint.path} holds tensors foreign to its architecture, such as {unknown[0]}")
     parts = {part for found in packed.values() for part in found.names}  # among them `weight` where codes are int8
@@ -49,10 +50,11 @@ def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> PreTrainedMo
     by_size = sorted(packed, key=lambda base: -sum(checkpoint.index[name].nbytes for name in packed[base].names))
     with weights_apart():
         for base in by_size:
-            load_packed_(model, checkpoint, base)
-        load_dense_(model, checkpoint, [name for name in checkpoint.index if name in names - parts])
+            load_packed_(model, checkpoint, base, device)
+        load_dense_(model, checkpoint, [name for name in checkpoint.index if name in names - parts], device=device)
         _tie_(model, checkpoint)
     _refuse_meta(model, checkpoint)
+    _moved(model, device)  # what is computed and not stored
     straighten_head_input_(model)
     model.eval()
     return model
@@ -87,7 +89,9 @@ def parameter_names(model: nn.Module) -> set[str]:
     return set(model.state_dict(keep_vars=True))
 
 
-def load_dense_(model: nn.Module, checkpoint: Checkpoint, names: list[str], keep_dtype: bool = False) -> None:
+def load_dense_(
+    model: nn.Module, checkpoint: Checkpoint, names: list[str], keep_dtype: bool = False, device: str = "cpu"
+) -> None:
     """Read dense tensors from the checkpoint into the model, in the model's dtype or in their own.
 
     Raises:
@@ -101,16 +105,16 @@ def load_dense_(model: nn.Module, checkpoint: Checkpoint, names: list[str], keep
         tensor = read_tensor(entry)
         if tensor.is_floating_point() and not keep_dtype:
             tensor = tensor.to(old.dtype)
-        put_(model, name, tensor)
+        put_(model, name, tensor.to(device))
 
 
-def load_packed_(model: PreTrainedModel, checkpoint: Checkpoint, base: str) -> None:
+def load_packed_(model: PreTrainedModel, checkpoint: Checkpoint, base: str, device: str = "cpu") -> None:
     """Replace the module `base` by a packed one over the checkpoint's codes; of a tied embedding, the head as well.
 
     Raises:
         CheckpointError: the shape differs from what the config implies.
     """
-    weight = read_quantized(checkpoint, base)
+    weight = read_quantized(checkpoint, base).to(device)
     module = model.get_submodule(base)
     check_shape(checkpoint, f"{base}.weight", weight.shape, module.weight)
     if isinstance(module, nn.Embedding):
@@ -120,7 +124,7 @@ def load_packed_(model: PreTrainedModel, checkpoint: Checkpoint, base: str) -> N
         model.set_submodule(base, embedding)
         return
     entry = checkpoint.index.get(f"{base}.bias")
-    bias = None if entry is None else read_tensor(entry).to(weight.scale.dtype)
+    bias = None if entry is None else read_tensor(entry).to(device, weight.scale.dtype)
     model.set_submodule(base, PackedLinear(weight, bias))
 
 
@@ -131,6 +135,12 @@ def put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
+
+
+def _moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """In place: parameters and buffers that are on the device already stay as they are."""
+    nn.Module.to(model, device)
+    return model
 
 
 def _build_on_meta(checkpoint: Checkpoint, dtype: str, changes: Mapping[str, int]) -> PreTrainedModel:

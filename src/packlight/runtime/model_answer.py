@@ -51,7 +51,7 @@ class OpenedModel:
         return CachedDecoder(self.model, capacity, engine.kv_cache, engine.window)
 
 
-def open_model(name: str) -> OpenedModel:
+def open_model(name: str, device: str = "cpu") -> OpenedModel:
     """Anything `open_checkpoint` takes, with or without a loader behind it (`demo@bnb-nf4`).
 
     Raises:
@@ -63,5 +63,5 @@ def open_model(name: str) -> OpenedModel:
     check_architecture(checkpoint.config)
     check_loader(checkpoint, loader)
     tokenizer = load_tokenizer(checkpoint)
-    model = load_with(checkpoint, loader)
+    model = load_with(checkpoint, loader, device=device)
     return OpenedModel(model, tokenizer, stop_ids(model, tokenizer))

@@ -120,12 +120,13 @@ class UncachedDecoder(Decoder):
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        self.ids, self.mask = ids, mask
+        device = self.model.device
+        self.ids, self.mask = ids.to(device), None if mask is None else mask.to(device)
         return self._run()
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.ids is not None
-        self.ids = torch.cat([self.ids, ids], dim=1)
+        self.ids = torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
         return self._run()
