@@ -42,6 +42,10 @@ from packlight.spec import Budget, ModelSpec
 
 DTYPE = "bfloat16"
 PROMPT_TOKENS, NEW_TOKENS = 96, 32
+SPREAD = 0.01
+"""Standard deviation of the matrices: next to nothing that enters one is then above 6, beyond which LLM.int8() takes
+whole columns out of the codes. Trained models have few such columns (arXiv 2208.07339), random ones of a larger spread
+nearly all."""
 RESERVE_BYTES = 3 * 2**29
 """Of the device's free memory: what its context and libraries take while a model runs."""
 
@@ -221,7 +225,7 @@ def random_model(config: Mapping[str, Any], spec: ModelSpec, loader: str | None,
         if len(tensor.shape) == 1:
             values.fill_(0 if tensor.name.endswith("bias") else 1)
         else:
-            values.normal_(0, 0.02, generator=generator)
+            values.normal_(0, SPREAD, generator=generator)
         put_(model, tensor.name, values)
         del values
         _quantize_(model, tensor.name, loader)

@@ -135,6 +135,16 @@ def test_a_common_beginning_is_computed_once(tiny: PreTrainedModel, kind: KVCach
         assert all(layer.keys.is_pinned() for layer in decoder.cache.layers if isinstance(layer.keys, torch.Tensor))
 
 
+def test_no_kernel_that_is_planned_for_each_length(tiny: PreTrainedModel) -> None:
+    found = []
+    handle = tiny.register_forward_pre_hook(lambda *_: found.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for decoder in (CachedDecoder(tiny, 128), UncachedDecoder(tiny)):
+        answers(decoder, [PROMPT], Sampling(max_tokens=3))
+    handle.remove()
+    assert not any(found) and len(found) == 6 and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 @pytest.mark.parametrize("backend", ["eager", "math", "tiled"])
 def test_backends_compute_one_thing(tiny: PreTrainedModel, on_cpu: PreTrainedModel, backend: str) -> None:
     wanted = list(logits(CachedDecoder(on_cpu, 150)))

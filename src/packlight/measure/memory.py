@@ -28,6 +28,16 @@ def flush(device: str = "cpu") -> None:
     _CLEAR_REFS.write_text("5")  # resets VmHWM of this process, see proc(5)
 
 
+def new_peak(device: str = "cpu") -> None:
+    """Start a new peak; what the allocator of a CUDA device keeps for the next tensor stays, as it does in a program
+    that goes on."""
+    if not device.startswith("cuda"):
+        flush(device)
+        return
+    wait(device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
 def wait(device: str = "cpu") -> None:
     """Until a CUDA device has done what it was given: a clock that is read earlier measures the giving."""
     if device.startswith("cuda"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -145,7 +147,8 @@ class UncachedDecoder(Decoder):
             more["attention_mask"] = self.mask
             if self._takes_positions:
                 more["position_ids"] = positions(self.mask)
-        logits: torch.Tensor = self.model(self.ids, use_cache=False, logits_to_keep=1, **more).logits
+        with steady_kernels(self.model.device):
+            logits: torch.Tensor = self.model(self.ids, use_cache=False, logits_to_keep=1, **more).logits
         return logits[:, -1]
 
 
@@ -178,7 +181,8 @@ def prefill(
                 more["position_ids"] = positions(more["attention_mask"])[:, past:]
         if window is not None and chunk.shape[1] > 1:
             more["attention_mask"] = window_mask(model.dtype, past, end, window, len(ids), mask).to(model.device)
-        logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1, **more).logits
+        with steady_kernels(model.device):
+            logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1, **more).logits
     assert logits is not None
     return logits[:, -1]
 
@@ -186,6 +190,15 @@ def prefill(
 def step(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
     """One token per sequence, ids (batch, 1); returns the next logits, (batch, vocab)."""
     return prefill(model, ids, cache)
+
+
+def steady_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """NOTE a trap: on CUDA torch may attend with cuDNN, which makes a plan for every length that it has not met: for an
+    answer that is every token. All other kernels stay allowed."""
+    if device.type != "cuda":
+        return nullcontext()
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(others)
 
 
 def window_mask(
