@@ -195,14 +195,25 @@ def test_a_compiled_model(tiny_model_dir: TinyModel) -> None:
     assert answers(compiled, [PROMPT]) == answers(plain, [PROMPT]) == [of_transformers(tiny_model_dir(), PROMPT)]
 
 
-def test_packed_weights_run_on_the_reference_kernel(tiny_model_dir: TinyModel, tmp_path: Path) -> None:
-    packed = make_artifact(tiny_model_dir(), tmp_path / "packed")
-    model = load_model(open_checkpoint(packed), device=CUDA)
-    kernels = {module.kernel for module in model.modules() if isinstance(module, PackedLinear)}
-    assert kernels == {"reference"}
-    wanted = logits(CachedDecoder(load_model(open_checkpoint(packed), "float32"), 150), 5)
-    for found, each in zip(logits(CachedDecoder(model, 150), 5), wanted, strict=True):
-        torch.testing.assert_close(found.float(), each, rtol=0.1, atol=0.15)
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 4}, {"bits": 3, "embeddings": 4}, {"bits": 4, "symmetric": False}, {"bits": 8, "embeddings": 8}],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_weights_run_on_the_reference_kernel(
+    tiny_model_dir: TinyModel, tmp_path: Path, options: dict[str, Any], tied: bool, dtype: str
+) -> None:
+    """In bfloat16 a CPU has kernels of its own for these grids, and CUDA has none."""
+    group = None if options["bits"] == 8 else 32
+    artifact = make_artifact(tiny_model_dir(tied=tied), tmp_path / "out", dtype=dtype, group_size=group, **options)
+    there, here = (load_model(open_checkpoint(artifact), device=device) for device in (CUDA, "cpu"))
+    assert {module.kernel for module in there.modules() if isinstance(module, PackedLinear)} == {"reference"}
+    near = NEAR if dtype == "float32" else {"rtol": 0.1, "atol": 0.15}
+    wanted = logits(CachedDecoder(here, 150), 5)
+    for found, each in zip(logits(CachedDecoder(there, 150), 5), wanted, strict=True):
+        torch.testing.assert_close(found.float(), each.float(), **near)
 
 
 @pytest.mark.parametrize("loader", LOADERS)

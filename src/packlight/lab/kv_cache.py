@@ -38,6 +38,8 @@ from packlight.spec import Budget, Hardware, Precision
 LENGTHS = (32, 128, 256, 512, 1024)
 PROMPTS = (1, 4, 16, 64, 256)
 REPEATS = 5
+CUDA_REPEATS = 25
+"""Steps there take milliseconds, and a clock on the processor sees what else it does."""
 MOST_NEW = 24
 """New tokens up to which a break-even point is looked for."""
 STEPS = 8
@@ -85,12 +87,13 @@ def growth(model: PreTrainedModel, prompt_tokens: int, steps: int) -> list[Growt
 
 def times(model: PreTrainedModel, length: int, repeats: int = REPEATS) -> list[Measurement]:
     """Seconds for the token behind `length` others, with the cache and without."""
-    cache = kv_cache.allocate(model.config, length + repeats + 1)
+    cache = kv_cache.allocate(model.config, length + repeats + 2)
     ids = _ids(model, length + 1)
     prefill(model, ids[:, :length], cache)
     device = model.device.type
     without = UncachedDecoder(model)
     without.prefill(ids)  # warm
+    step(model, ids[:, -1:], cache)
     pairs = [
         (
             _seconds(lambda: step(model, ids[:, -1:], cache), device),

@@ -50,7 +50,7 @@ def run(
     if is_quick:
         lengths, prompts = lengths[:2], prompts[:2]
         context = lengths[-1]
-    repeats = 2 if is_quick else lab.REPEATS
+    repeats = 2 if is_quick else lab.REPEATS if device == "cpu" else lab.CUDA_REPEATS
     tick = watcher.stage("a KV cache, measured", 1 + len(lengths) + len(prompts) + len(KINDS))
     if device != "cpu":
         prompts = []  # the plan's break-even points are made of what a CPU does per second

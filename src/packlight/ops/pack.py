@@ -48,7 +48,7 @@ def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     # 32 codes fill exactly `bits` words
     chunks = math.ceil(count / 32)
     stream = _padded(unsigned.to(torch.int64), chunks * 32).reshape(rows, chunks, 32)
-    words = torch.zeros(rows, chunks, bits + 1, dtype=torch.int64)
+    words = torch.zeros(rows, chunks, bits + 1, dtype=torch.int64, device=codes.device)
     for i in range(32):
         word, offset = divmod(i * bits, 32)
         shifted = stream[..., i] << offset
@@ -67,15 +67,15 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if bits in (2, 4):
         per_byte, mask = 8 // bits, (1 << bits) - 1
         stream = words.contiguous().view(torch.uint8)  # (rows, 4 * words)
-        codes = torch.empty(rows, stream.shape[1], per_byte, dtype=torch.int8)
+        codes = torch.empty(rows, stream.shape[1], per_byte, dtype=torch.int8, device=words.device)
         for place in range(per_byte):
             codes[..., place] = ((stream >> (place * bits)) & mask).view(torch.int8) - half
         return codes.reshape(rows, -1)[:, :count].contiguous()
     chunks = math.ceil(count / 32)
-    stream = torch.zeros(rows, chunks * bits, dtype=torch.int64)
+    stream = torch.zeros(rows, chunks * bits, dtype=torch.int64, device=words.device)
     stream[:, : words.shape[1]] = words.to(torch.int64) & 0xFFFFFFFF
     stream = stream.reshape(rows, chunks, bits)
-    codes = torch.empty(rows, chunks, 32, dtype=torch.int8)
+    codes = torch.empty(rows, chunks, 32, dtype=torch.int8, device=words.device)
     for i in range(32):
         word, offset = divmod(i * bits, 32)
         value = stream[..., word] >> offset
