@@ -94,7 +94,7 @@ def serving(model: Path, *flags: object) -> Iterator[str]:
     assert process.stderr is not None
     try:
         line = process.stderr.readline()
-        assert line.startswith("packlight: serving tiny at http://127.0.0.1:"), line + process.stderr.read()
+        assert line.startswith("packlight: serving tiny with torch at http://127.0.0.1:"), line + process.stderr.read()
         assert "context 64 tokens, KV cache of 128 tokens" in line
         yield line.split(" at ")[1].split(",")[0]
         process.send_signal(signal.SIGTERM)

@@ -68,6 +68,7 @@ class ScriptedEngine:
         end_after: int | None = None,
         dimensions: int | None = None,
     ) -> None:
+        self.name = "scripted"
         self.tokenizer, self.context, self.users, self.step_s = tokenizer, context, users, step_s
         self.end_after, self.dimensions = end_after, dimensions
         self.fails_with: BaseException | None = None

@@ -141,7 +141,10 @@ def _serve(
 
     def say_ready() -> None:
         capacity = engine.stats().kv_capacity_tokens
-        complain(f"serving {served.name} at {address}, context {engine.context} tokens, KV cache of {capacity} tokens")
+        complain(
+            f"serving {served.name} with {engine.name} at {address}, context {engine.context} tokens, KV cache of "
+            f"{capacity} tokens"
+        )
 
     is_done = serve(build_app(engine, served, settings, write_line), bound, settings, say_ready)
     if not is_done:

@@ -73,6 +73,9 @@ class Stats:
 class ServingEngine(Protocol):
     """What a server drives, from one thread alone."""
 
+    name: str
+    """What computes, in a word."""
+
     context: int
     """Tokens of a request, prompt and answer together, at most."""
 

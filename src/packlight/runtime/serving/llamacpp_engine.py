@@ -66,6 +66,7 @@ class LlamaCppEngine(ServingEngine):
     """
 
     def __init__(self, path: Path, context: int | None = None, users: int = 16, threads: int | None = None) -> None:
+        self.name = "llama.cpp"
         header = read_gguf(path)
         self.context, self.users = _context(header, context), users
         self.tokenizer = _tokenizer(header)

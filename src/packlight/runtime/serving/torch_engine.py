@@ -51,6 +51,7 @@ class TorchEngine(ServingEngine):
         context: int | None = None,
         pooling: Pooling | None = None,
     ) -> None:
+        self.name = "torch"
         self.tokenizer, self.stops, self.pooling = tokenizer, stops, pooling
         self.context = _context(paged_context(model.config), kv_tokens, context)
         blocks = -(-max(kv_tokens, self.context) // BLOCK)
