@@ -262,12 +262,15 @@ def _start(path: Path, context: int, users: int, threads: int | None) -> xllamac
     if threads is not None:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     try:
-        return xllamacpp.Server(params)
+        server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise CheckpointError(
             f"llama.cpp cannot load {path}: it is damaged, of an architecture that it does not know, or larger than "
             "the memory that is free"
         ) from error
+    # A server that is ended before its loop has begun waits for ever for that loop's end: here it has begun.
+    server.handle_completions({"prompt": [0], "n_predict": 1})
+    return server
 
 
 def _wire(flight: Flight) -> dict[str, Any]:
