@@ -1,8 +1,8 @@
 """Attention of many sequences at once, with keys and values in blocks of one pool (PagedAttention, arXiv 2309.06180).
 
 The tokens of a batch lie flat behind each other: a token each of the sequences that are decoded, a chunk each of the
-prompts that are read. Every sequence attends to its own blocks alone, over its own length: no padding, and a result
-that does not depend on the rest of the batch. `reference` is the same arithmetic spelled out, and serves soft caps and
+prompts that are read. Every sequence attends to its own blocks alone, over its own length; those of a token each and
+of about the same length together. `reference` is the same arithmetic spelled out, and serves soft caps and
 attention sinks, which torch's kernel does not compute.
 """
 
@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch.nn import functional as F
 
 GATHERED = 4096
 """Tokens whose keys and values are gathered at once: copies that are small enough to be read again from the cache."""
+PADDED = 1.2
+"""Sequences of a token each are attended to together while, filled up to the longest, they have no more than so many
+times their own blocks: a call of torch's kernel costs as much as some blocks more."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,49 @@ class Batch:
     table: torch.Tensor
     blocks: torch.Tensor
     block: int
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The rows of the table."""
+        blocks, start, made = self.blocks.tolist(), 0, []
+        for first, count, past, held in self.table.tolist()[:-1]:
+            made.append(Span(first, count, past, tuple(blocks[start : start + held])))
+            start += held
+        return made
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The spans of a token each, by length."""
+        return [_group(spans, self.block, self.slots.device) for spans in _alike(self.spans, self.block)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Spans of a token each whose lengths are about the same.
+
+    Args:
+        rows: (spans,), of the batch.
+        blocks: (spans * width,), each span's filled up with its first to the same number.
+        lengths: (spans,), tokens that each attends to.
+        width: tokens of the blocks of one span.
+        masks: by window, what was made already.
+    """
+
+    rows: torch.Tensor
+    blocks: torch.Tensor
+    lengths: torch.Tensor
+    width: int
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """(1, spans, 1, width): whether a span looks at a key."""
+        if window not in self.masks:
+            places = torch.arange(self.width, device=self.rows.device)
+            seen = places < self.lengths[:, None]
+            if window is not None:
+                seen = seen & (places >= self.lengths[:, None] - window)
+            self.masks[window] = seen[None, :, None, :]
+        return self.masks[window]
 
 
 def make_batch(spans: Sequence[Span], block: int, device: torch.device | str = "cpu") -> Batch:
@@ -99,8 +146,8 @@ def paged_attention(
 
     Args:
         q: (heads, tokens, head_dim).
-        keys: (kv_heads, blocks, block * head_dim).
-        values: (kv_heads, blocks, block * value_dim).
+        keys: (kv_heads, blocks, block * head_dim), finite also where nothing was written.
+        values: (kv_heads, blocks, block * value_dim), likewise.
         scale: factor of the scores.
         window: tokens that a query looks back to, itself included.
         softcap: scores become `softcap * tanh(score / softcap)`.
@@ -109,21 +156,21 @@ def paged_attention(
     Returns:
         (tokens, heads, value_dim).
     """
-    kv_heads, head_dim, value_dim = keys.shape[0], q.shape[-1], values.shape[-1] // batch.block
+    out = q.new_empty(q.shape[1], q.shape[0], values.shape[-1] // batch.block)
     is_plain = softcap is None and sinks is None
-    out = q.new_empty(q.shape[1], q.shape[0], value_dim)
-    for spans, blocks in _groups(batch):
-        k = keys.index_select(1, blocks).view(kv_heads, -1, head_dim)  # (kv_heads, gathered tokens, head_dim)
-        v = values.index_select(1, blocks).view(kv_heads, -1, value_dim)
-        start = 0
-        for first, count, past, held in spans:
-            rows, columns = slice(first, first + count), slice(start, start + past + count)
-            if is_plain:
-                made = _attend(q[:, rows], k[:, columns], v[:, columns], scale, window)
-            else:
-                made = reference(q[:, rows], k[:, columns], v[:, columns], scale, window, softcap, sinks)
-            out[rows] = made.transpose(0, 1)
-            start += held * batch.block
+    for group in batch.groups if is_plain else ():
+        out[group.rows] = _decode(q, keys, values, group, batch.block, scale, window)
+    for span in batch.spans:
+        if span.count == 1 and is_plain:
+            continue
+        blocks = torch.tensor(span.blocks, device=q.device)
+        k, v = (_gather(pool, blocks, batch.block)[:, : span.total] for pool in (keys, values))
+        rows = slice(span.first, span.first + span.count)
+        if is_plain:
+            made = _attend(q[:, rows], k, v, scale, window)
+        else:
+            made = reference(q[:, rows], k, v, scale, window, softcap, sinks)
+        out[rows] = made.transpose(0, 1)
     return out
 
 
@@ -198,15 +245,33 @@ def reference(
     return (weights @ v.float().repeat_interleave(repeats, 0)).to(q.dtype)
 
 
+def _decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    group: Group,
+    block: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """`reference` for one token of each span of a group, (spans, heads, value_dim), in one call."""
+    (heads, _, head_dim), kv_heads, count = q.shape, keys.shape[0], len(group.rows)
+    k = _gather(keys, group.blocks, block).view(kv_heads, count, group.width, head_dim)
+    v = _gather(values, group.blocks, block).view(kv_heads, count, group.width, -1)
+    # The heads of a group as tokens: no copies of keys. (kv_heads, spans, heads / kv_heads, head_dim)
+    grouped = q.index_select(1, group.rows).view(kv_heads, heads // kv_heads, count, head_dim).transpose(1, 2)
+    out = F.scaled_dot_product_attention(grouped, k, v, group.mask(window), scale=scale)
+    return out.permute(1, 0, 2, 3).reshape(count, heads, -1)
+
+
+def _gather(pool: torch.Tensor, blocks: torch.Tensor, block: int) -> torch.Tensor:
+    """(kv_heads, tokens of the blocks, width)."""
+    return pool.index_select(1, blocks).view(pool.shape[0], len(blocks) * block, -1)
+
+
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
-    """`reference` by torch's kernel."""
-    heads, tokens, head_dim = q.shape
-    kv_heads, total = k.shape[:2]
-    if tokens == 1:
-        if window is not None and total > window:
-            k, v = k[:, -window:], v[:, -window:]
-        grouped = q.reshape(1, kv_heads, heads // kv_heads, head_dim)  # the heads of a group as tokens: no copies of k
-        return F.scaled_dot_product_attention(grouped, k[None], v[None], scale=scale).view(heads, 1, -1)
+    """`reference` for several tokens by torch's kernel."""
+    (heads, tokens, _), (kv_heads, total, _) = q.shape, k.shape
     is_whole = tokens == total and (window is None or total <= window)
     mask = None if is_whole else _seen(tokens, total, window, q.device)
     is_grouped = heads != kv_heads
@@ -223,15 +288,28 @@ def _seen(tokens: int, total: int, window: int | None, device: torch.device) -> 
     return seen if window is None else seen & (keys > queries - window)
 
 
-def _groups(batch: Batch) -> Iterator[tuple[list[list[int]], torch.Tensor]]:
-    """Rows of the table, and the blocks of these spans, no more at a time than `GATHERED` tokens where one has less."""
-    held: list[list[int]] = []
-    start = end = 0
-    for row in batch.table.tolist()[:-1]:
-        if held and (end - start + row[3]) * batch.block > GATHERED:
-            yield held, batch.blocks[start:end]
-            held, start = [], end
-        held.append(row)
-        end += row[3]
+def _alike(spans: Sequence[Span], block: int) -> Iterator[list[Span]]:
+    """The spans of a token each in groups of about the same number of blocks."""
+    held: list[Span] = []
+    total = 0
+    for span in sorted((one for one in spans if one.count == 1), key=lambda one: len(one.blocks)):
+        longest = len(span.blocks)
+        filled = longest * (len(held) + 1)
+        if held and (filled > PADDED * (total + longest) or filled * block > GATHERED):
+            yield held
+            held, total = [], 0
+        held.append(span)
+        total += longest
     if held:
-        yield held, batch.blocks[start:end]
+        yield held
+
+
+def _group(spans: Sequence[Span], block: int, device: torch.device) -> Group:
+    longest = max(len(span.blocks) for span in spans)
+    blocks = [[*span.blocks, *span.blocks[:1] * (longest - len(span.blocks))] for span in spans]
+    return Group(
+        torch.tensor([span.first for span in spans], device=device),
+        torch.tensor(blocks, device=device).flatten(),
+        torch.tensor([span.total for span in spans], device=device),
+        longest * block,
+    )

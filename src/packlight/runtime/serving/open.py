@@ -22,6 +22,7 @@ from packlight.runtime.serving.engine import ServingEngine
 from packlight.runtime.serving.llamacpp_engine import LlamaCppEngine
 from packlight.runtime.serving.paged_model import paged_context
 from packlight.runtime.serving.pooling import POOLINGS, Pooling, declared_pooling
+from packlight.runtime.serving.prepacked import prepack_
 from packlight.runtime.serving.torch_engine import TorchEngine
 from packlight.runtime.tokenizer import load_tokenizer, stop_ids
 
@@ -107,6 +108,8 @@ def _torch_engine(name: str, options: ServingOptions, say: Callable[[str], None]
     for known in POOLINGS:
         pooling = known if options.pooling == known else pooling
     model = load_with(checkpoint, loader)
+    if not options.is_compiled:  # a compiler lays weights out itself, and does not see through oneDNN's tensors
+        prepack_(model)
     tokens = kv_tokens(checkpoint, model.dtype, paged_context(model.config), options)
     engine = TorchEngine(
         model, tokenizer, stop_ids(model, tokenizer), tokens, options.users, options.context, pooling=pooling
