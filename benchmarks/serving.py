@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Point:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers are ended too
     given = _arguments()
     threads = given.threads or hardware(is_probed=False).threads
     gguf = given.gguf or (demo_file() if given.model == "demo" else None)
@@ -106,7 +108,7 @@ def main() -> None:
 
 
 def prompts(text: str, count: int) -> list[str]:
-    """Pieces of the text of mixed lengths that do not overlap, each from the beginning of a word; the same each time."""
+    """Pieces of the text of mixed lengths that do not overlap, each from the beginning of a word, always the same."""
     chance = random.Random(0)
     room = len(text) // count
     made = []
@@ -133,6 +135,7 @@ def measure(
                 continue
             try:
                 for clients, point in _round(server, texts, given, threads):
+                    print(f"{name}, {clients} clients: {point.tokens_per_s:.1f} tokens/s", file=sys.stderr, flush=True)
                     points.setdefault((name, clients), []).append(point)
             except RuntimeError as error:
                 failed.add(name)

@@ -2,8 +2,8 @@
 
     echo JOB | python benchmarks/peers/load.py
 
-A job is JSON: `url`, `body` (fields of every request), `prompts`, `clients`, and `seconds` or null. Without seconds each
-prompt is asked once; with them the clients go round the prompts until the time is up, and one that is refused asks
+A job is JSON: `url`, `body` (fields of every request), `prompts`, `clients`, and `seconds` or null. Without seconds
+each prompt is asked once; with them the clients go round the prompts until the time is up, and one that is refused asks
 again after a moment. The last line of stdout is a JSON list, one object for each request.
 """
 
