@@ -21,7 +21,7 @@ def main() -> None:
     params.model.path = str(given.model)
     params.port = given.port
     params.n_parallel, params.n_ctx = given.users, given.users * given.context
-    params.n_threads_http = 2 * given.users  # each stream holds one
+    params.n_threads_http = 8 * given.users  # each stream holds one
     params.verbosity, params.ui = 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])

@@ -50,7 +50,7 @@ async def load(job: dict[str, Any]) -> list[Outcome]:
     numbers: Iterator[int] = iter(range(len(job["prompts"])))
     if until is not None:
         numbers = itertools.cycle(numbers)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # some servers close them unasked
     async with httpx.AsyncClient(base_url=job["url"], timeout=REQUEST_S, limits=limits, trust_env=False) as client:
 
         async def keep_asking() -> None:
