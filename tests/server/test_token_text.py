@@ -5,7 +5,11 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from packlight.server.token_text import TokenTexts
+from packlight.runtime.sampling import Token
+from packlight.server.answering import Answer
+from packlight.server.chat import ChatShape
+from packlight.server.completions import TextShape
+from packlight.server.token_text import LEAST, TokenTexts
 
 
 def test_bytes_of_a_byte_level_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -33,3 +37,16 @@ def test_pieces_of_a_sentencepiece_tokenizer() -> None:
     assert texts.of(4) == (" the", list(b" the"))  # a decoder of this kind drops the space of a first token
     assert texts.of(5) == ("ß", [0xC3, 0x9F])
     assert texts.of(1) == ("bytes:\\xe2", [0xE2])
+
+
+def test_a_log_probability_that_nobody_knows(tokenizer: PreTrainedTokenizerBase) -> None:
+    """llama.cpp does not tell those inside a torn character: they are no certainty, and take none of the others away."""
+    tokens = (Token(0xC3), Token(0xA9, -0.25, ((0xA9, -0.25),)))
+    answer = Answer("é", list(tokens), "stop")
+    chat = ChatShape(TokenTexts(tokenizer)).choice(0, answer)
+    assert chat.logprobs is not None
+    assert [token.logprob for token in chat.logprobs.content] == [LEAST, -0.25]
+    text = TextShape(tokenizer, TokenTexts(tokenizer)).choice(0, answer)
+    assert text.logprobs is not None
+    assert text.logprobs.token_logprobs == [None, -0.25]
+    assert ChatShape(TokenTexts(tokenizer)).choice(0, Answer("é", [Token(1), Token(2)], "stop")).logprobs is None

@@ -26,7 +26,7 @@ from packlight.server.responses import (
     TopLogprob,
 )
 from packlight.server.service import service_of
-from packlight.server.token_text import TokenTexts
+from packlight.server.token_text import LEAST, TokenTexts
 from packlight.server.wire import ChatRequest, Message, ResponseFormat
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -126,11 +126,11 @@ class ChatShape:
         return made
 
     def _logprobs(self, tokens: list[Token] | tuple[Token, ...]) -> ChatLogprobs | None:
-        if not tokens or tokens[0].logprob is None:
+        if all(token.logprob is None for token in tokens):
             return None
         content = [
             TokenLogprob.model_construct(
-                **self._one(token.id, token.logprob or 0.0),
+                **self._one(token.id, LEAST if token.logprob is None else token.logprob),
                 top_logprobs=[TopLogprob.model_construct(**self._one(other, logprob)) for other, logprob in token.top],
             )
             for token in tokens
@@ -139,7 +139,7 @@ class ChatShape:
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         text, data = self._texts.of(token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": data}  # JSON has no infinity
+        return {"token": text, "logprob": max(logprob, LEAST), "bytes": data}
 
 
 def _chunk(

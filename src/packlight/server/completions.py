@@ -13,7 +13,7 @@ from packlight.runtime.tokenizer import raw_ids
 from packlight.server.answering import Answer, Asked, answer
 from packlight.server.responses import ChatChunkChoice, FinishReason, TextChoice, TextLogprobs
 from packlight.server.service import Service, service_of
-from packlight.server.token_text import TokenTexts
+from packlight.server.token_text import LEAST, TokenTexts
 from packlight.server.wire import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 
 
@@ -80,13 +80,13 @@ class TextShape:
         )
 
     def _logprobs(self, index: int, tokens: list[Token] | tuple[Token, ...]) -> TextLogprobs | None:
-        if not tokens or tokens[0].logprob is None:
+        if all(token.logprob is None for token in tokens):
             return None
         offsets = self._offsets.setdefault(index, _Offsets(self._tokenizer))
         return TextLogprobs.model_construct(
             tokens=[self._texts.of(token.id)[0] for token in tokens],
-            token_logprobs=[max(token.logprob or 0.0, -9999.0) for token in tokens],
-            top_logprobs=[{self._texts.of(other)[0]: max(p, -9999.0) for other, p in token.top} for token in tokens],
+            token_logprobs=[None if token.logprob is None else max(token.logprob, LEAST) for token in tokens],
+            top_logprobs=[{self._texts.of(other)[0]: max(p, LEAST) for other, p in token.top} for token in tokens],
             text_offset=[offsets.of(token.id) for token in tokens],
         )
 

@@ -10,6 +10,10 @@ from transformers import PreTrainedTokenizerBase
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+LEAST = -9999.0
+"""OpenAI's word for a log-probability that is not known or has no number in JSON."""
+
+
 class TokenTexts:
     """Texts of tokens, each found once.
 
