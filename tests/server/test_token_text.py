@@ -40,7 +40,7 @@ def test_pieces_of_a_sentencepiece_tokenizer() -> None:
 
 
 def test_a_log_probability_that_nobody_knows(tokenizer: PreTrainedTokenizerBase) -> None:
-    """llama.cpp does not tell those inside a torn character: they are no certainty, and take none of the others away."""
+    """llama.cpp tells none inside a torn character: it is no certainty, and takes none of the others away."""
     tokens = (Token(0xC3), Token(0xA9, -0.25, ((0xA9, -0.25),)))
     answer = Answer("é", list(tokens), "stop")
     chat = ChatShape(TokenTexts(tokenizer)).choice(0, answer)
