@@ -134,6 +134,109 @@ class Grid:
         return cls(int(bits), size, symmetry == "sym", None if scales is None else int(scales))
 
 
+@dataclass(frozen=True)
+class Sparsity:
+    """Which share of the matrices inside the blocks is zero, and among which weights that share is counted.
+
+    Args:
+        share: 0 to below 1. A number of zeros that is not whole is rounded, half up.
+        scope: 'layer' (each matrix), 'row' (each row of each matrix), 'global' (all matrices together), or N:M such as
+            2:4 (of every M consecutive columns N are kept; the share is then 1 - N/M).
+        counts: for 'global', (full tensor name, zeros) of every matrix: how they share the zeros depends on the
+            weights, so it is found before.
+
+    Raises:
+        UsageError: a value outside these.
+    """
+
+    share: float
+    scope: str = "layer"
+    counts: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.share, int | float) and 0 <= self.share < 1):
+            raise UsageError(f"sparsity is a share from 0 to below 1, not {self.share}")
+        if self.scope not in SCOPES and self.pattern is None:
+            raise UsageError(f"scope is {', '.join(SCOPES)} or N:M such as 2:4, not {self.scope!r}")
+        if self.pattern is not None and self.share != _share(*self.pattern):
+            raise UsageError(
+                f"{self.scope} is a sparsity of {_share(*self.pattern):g}, not {self.share:g}: leave the sparsity out"
+            )
+        if self.counts and self.scope != "global":
+            raise UsageError(f"zeros are counted out for the scope global, not for {self.scope}")
+
+    @classmethod
+    def of(cls, share: float | None, scope: str, counts: tuple[tuple[str, int], ...] = ()) -> Sparsity:
+        """With the share that N:M implies, or a half, where none is given."""
+        pattern = _pattern(scope)
+        if share is None:
+            share = 0.5 if pattern is None else _share(*pattern)
+        return cls(share, scope, counts)
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(N, M) of N:M; None for another scope."""
+        return _pattern(self.scope)
+
+    def covers(self, tensor: TensorSpec) -> bool:
+        """Whether zeros are asked of a tensor: of the matrices inside the blocks, not of embedding and head."""
+        return tensor.kind == "linear" and len(tensor.shape) == 2
+
+    def num_zeros(self, tensor: TensorSpec) -> int:
+        """Zeros of one tensor, exactly.
+
+        Raises:
+            UsageError: M divides no row, or the tensor's share of a global count is not known.
+        """
+        if not self.covers(tensor):
+            return 0
+        rows, cols = tensor.shape
+        if self.scope == "global":
+            if tensor.name not in self._counts:
+                raise UsageError(f"how many zeros {tensor.name} takes of a global share has not been counted")
+            return self._counts[tensor.name]
+        if self.pattern is not None:
+            keep, group = self.pattern
+            if cols % group:
+                raise UsageError(
+                    f"{self.scope} does not divide a row of {cols} ({tensor.name}): choose an M that divides {cols}"
+                )
+            return rows * (cols // group) * (group - keep)
+        if self.scope == "row":
+            return rows * _rounded(self.share * cols)
+        return _rounded(self.share * tensor.numel)
+
+    @cached_property
+    def _counts(self) -> Mapping[str, int]:
+        return dict(self.counts)
+
+    def __str__(self) -> str:
+        return self.scope if self.pattern is not None else f"{100 * self.share:g}%-{self.scope}"
+
+
+SCOPES = ("layer", "row", "global")
+"""What a share of zeros may be counted in, beside N:M."""
+
+
+def _pattern(scope: object) -> tuple[int, int] | None:
+    match = _N_OF_M.fullmatch(scope) if isinstance(scope, str) else None
+    if match is None:
+        return None
+    keep, group = int(match[1]), int(match[2])
+    return (keep, group) if 0 < keep < group else None
+
+
+def _share(keep: int, group: int) -> float:
+    return 1 - keep / group
+
+
+def _rounded(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+_N_OF_M = re.compile(r"(\d{1,4}):(\d{1,4})")
+
+
 def _is_count(value: object) -> bool:
     """An integer and no truth value: recipes and --option hold whatever a user wrote."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -151,16 +254,19 @@ class Precision:
         linear: grid of the matrices inside the blocks; None leaves them in `dtype`.
         embedding: grid of the input embedding and the LM head; None leaves them in `dtype`.
         tensors: (full tensor name, grid) of those that differ from the rest of their kind.
+        sparse: which weights are stored as a bitmask and the values that are not zero; None stores zeros like others.
     """
 
     dtype: str = "bfloat16"
     linear: Grid | None = None
     embedding: Grid | None = None
     tensors: tuple[tuple[str, Grid | None], ...] = ()
+    sparse: Sparsity | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in FLOAT_DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, not {self.dtype!r}")
+        assert self.sparse is None or not self.grids, "a bitmask holds floats"
 
     @classmethod
     def of(cls, dtype: str, grids: Mapping[str, Grid | None], tensors: Iterable[TensorSpec]) -> Precision:
@@ -188,6 +294,15 @@ class Precision:
         named = [self.linear, self.embedding, *(grid for _, grid in self.tensors)]
         return tuple(dict.fromkeys(grid for grid in named if grid is not None))
 
+    @property
+    def is_own(self) -> bool:
+        """Whether anything is stored other than as one float tensor."""
+        return bool(self.grids) or self.sparse is not None
+
+    def is_masked(self, tensor: TensorSpec) -> bool:
+        """Whether a tensor is stored as a bitmask and values."""
+        return self.sparse is not None and self.sparse.covers(tensor)
+
     def grid_of(self, tensor: TensorSpec) -> Grid | None:
         """The grid that a tensor is stored on, or None where it stays in `dtype`."""
         if tensor.name in self._single:
@@ -197,6 +312,8 @@ class Precision:
         return self.embedding if tensor.is_end else self.linear
 
     def __str__(self) -> str:
+        if self.sparse is not None:
+            return f"{self.dtype}-bitmask-{self.sparse}"
         if not self.grids:
             return self.dtype
         embedding = f"+embed-{self.embedding}" if self.embedding else ""

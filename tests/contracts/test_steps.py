@@ -15,6 +15,9 @@ OTHERS: list[dict[str, Any]] = [
     {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": False, "embeddings": 4},
     {"method": "rtn", "bits": 8, "group_size": None, "embeddings": 8, "dtype": "float32"},
     {"method": "rtn", "bits": 4, "group_size": None, "embeddings": 8},
+    {"method": "magnitude", "sparsity": 0.7, "scope": "row", "storage": "bitmask"},
+    {"method": "wanda", "scope": "2:4", "storage": "bitmask", "dtype": "float32"},
+    {"method": "sparsegpt", "sparsity": 0.3, "scope": "row", "block_size": 24},
 ]
 STEPS = [*({"method": name} for name in METHODS), *OTHERS]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from packlight.errors import CheckpointError, UsageError
-from packlight.ops.gptq import DAMPING, _inverse_factor, gptq, output_error
+from packlight.ops.gptq import DAMPING, inverse_factor, gptq, output_error
 from packlight.ops.grid import Clip, QuantizedTensor, Scales, fit, quantize, round_to
 from packlight.spec import Grid
 
@@ -271,7 +271,7 @@ def test_the_matrix_of_asymmetric_calibration_solves_least_squares() -> None:
     """Row j of P = triu(C U^T, 1) U is C[j, F] H_F^-1 on the columns F after j, and zero up to j."""
     exact = inputs(24)
     hessian, cross = moments(exact, drifted(exact))
-    u = _inverse_factor(hessian, DAMPING, "w")
+    u = inverse_factor(hessian, DAMPING, "w")
     p = torch.triu(cross @ u.T, diagonal=1) @ u
     h = raised(hessian, DAMPING)
     for j in range(24):
@@ -283,7 +283,7 @@ def test_the_matrix_of_asymmetric_calibration_solves_least_squares() -> None:
 def test_the_factor_is_that_of_the_inverse() -> None:
     x = inputs()
     x[:, 5] = 0
-    u = _inverse_factor(x.T @ x, DAMPING, "w")
+    u = inverse_factor(x.T @ x, DAMPING, "w")
     assert torch.equal(u, torch.triu(u))
     assert torch.allclose(u.T @ u @ raised(x.T @ x, DAMPING), torch.eye(COLS, dtype=torch.float64), atol=1e-9)
 
@@ -301,11 +301,11 @@ def test_one_token_is_enough() -> None:
 def test_damping_is_raised_where_rounding_errors_leave_the_hessian_indefinite() -> None:
     hessian = torch.eye(4) * 1.0
     hessian[0, 1] = hessian[1, 0] = 1.05  # eigenvalue -0.05: 1 % is too little, 10 % is enough
-    u = _inverse_factor(hessian, 0.01, "w")
+    u = inverse_factor(hessian, 0.01, "w")
     assert torch.allclose(u.T @ u, torch.linalg.inv(raised(hessian, 0.1)), atol=1e-5)
     hessian[0, 1] = hessian[1, 0] = 3.0
-    with pytest.raises(CheckpointError, match=r"the inputs of layer\.o_proj do not differ enough for GPTQ"):
-        _inverse_factor(hessian, 0.01, "layer.o_proj")
+    with pytest.raises(CheckpointError, match=r"the inputs of layer\.o_proj do not differ enough for a second-order method"):
+        inverse_factor(hessian, 0.01, "layer.o_proj")
 
 
 def test_the_output_error_is_that_of_the_outputs() -> None:

@@ -24,7 +24,7 @@ import yaml
 
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.shards import write_shards
-from packlight.checkpoint.stored import OWN_METHOD, OWN_VERSION
+from packlight.checkpoint.stored import BITMASK, OWN_METHOD, OWN_VERSION
 from packlight.errors import TargetError, UsageError
 from packlight.plan.layout import Layout, StoredTensor
 from packlight.spec import Grid, ModelSpec, Precision, format_size
@@ -172,7 +172,7 @@ def artifact_config(config: Mapping[str, Any], spec: ModelSpec, precision: Preci
         if key not in ("torch_dtype", "quantization_config", "_name_or_path")
     }
     made["dtype"] = precision.dtype
-    if precision.grids and layout == "packlight":
+    if precision.is_own and layout == "packlight":
         made["quantization_config"] = own_quantization_config(precision)
     elif precision.grids:
         made["quantization_config"] = _quantization_config(spec, precision, layout)
@@ -197,7 +197,16 @@ def _file_digest(path: Path, size: int, changed_ns: int) -> bytes:
 
 def own_quantization_config(precision: Precision) -> dict[str, Any]:
     """packlight's own layout: the grid of each kind, and of every tensor that differs from its kind, as `Grid` writes
-    itself; null for what is left alone."""
+    itself; null for what is left alone. Where zeros are left out, how many there are instead."""
+    if (sparse := precision.sparse) is not None:
+        return {
+            "quant_method": OWN_METHOD,
+            "version": OWN_VERSION,
+            "format": BITMASK,
+            "share": sparse.share,
+            "scope": sparse.scope,
+            **({"zeros": dict(sparse.counts)} if sparse.counts else {}),
+        }
     return {
         "quant_method": OWN_METHOD,
         "version": OWN_VERSION,

@@ -14,7 +14,7 @@ from typing import Any
 from packlight.checkpoint.config import base_fields, classify
 from packlight.checkpoint.shards import TensorEntry
 from packlight.errors import CheckpointError, UsageError
-from packlight.spec import FLOAT_DTYPES, Grid, Precision, TensorSpec
+from packlight.spec import FLOAT_DTYPES, Grid, Precision, Sparsity, TensorSpec
 
 SCALES = (".weight_scale", ".weight_scale_packed")
 """How the name of a quantized matrix's scales ends; every quantized matrix has one of them."""
@@ -25,7 +25,13 @@ OWN_METHOD = "packlight"
 OWN_VERSION = 1
 """`quant_method` and `version` of packlight's own layout."""
 
+MASK = ".weight_mask"
+"""How the name of a pruned matrix's bitmask ends, where its zeros are left out of the file."""
+BITMASK = "bitmask"
+"""`format` in packlight's own `quantization_config` of such a checkpoint."""
+
 _PARTS = (
+    "weight_values",
     "weight_packed",
     "weight_scale",
     "weight_scale_packed",
@@ -40,18 +46,18 @@ _CLASSES: Mapping[str, tuple[str, ...]] = {"Linear": ("linear", "expert", "head"
 def logical_tensors(config: Mapping[str, Any], index: Mapping[str, TensorEntry]) -> tuple[TensorSpec, ...]:
     """The dense tensors that a checkpoint's files stand for, in the order of the index.
 
-    A quantized matrix has the shape in its `weight_shape`, else that of its `weight`, and the config's dtype.
+    A quantized or pruned matrix has the shape in its `weight_shape`, else that of its `weight`, and the config's dtype.
 
     Raises:
         CheckpointError: a quantized matrix without a shape, or a `weight_shape` that is not two sizes.
     """
-    scaled = {name.rpartition(".")[0] for name in index if name.endswith(SCALES)}
+    scaled = {name.rpartition(".")[0] for name in index if name.endswith((*SCALES, MASK))}
     tensors = []
     for name, entry in index.items():
         base, _, part = name.rpartition(".")
         if base not in scaled:
             tensors.append(TensorSpec(name, entry.shape, entry.dtype, classify(name, entry.shape)))
-        elif part in ("weight", "weight_packed"):
+        elif part in ("weight", "weight_packed", "weight_mask"):
             shape = _dense_shape(index, base)
             weight = f"{base}.weight"
             tensors.append(TensorSpec(weight, shape, base_fields(config).dtype, classify(weight, shape)))
@@ -107,6 +113,8 @@ def _said_precision(
 
 def _own_precision(quantization: Mapping[str, Any], dtype: str) -> Precision:
     """Raises CheckpointError for a version or a grid that this packlight does not know."""
+    if quantization.get("format") == BITMASK and quantization.get("version") == OWN_VERSION:
+        return Precision(dtype, sparse=_sparsity(quantization))
     version, tensors = quantization.get("version"), quantization.get("tensors")
     if version != OWN_VERSION or not isinstance(tensors, Mapping):
         raise CheckpointError(
@@ -116,6 +124,17 @@ def _own_precision(quantization: Mapping[str, Any], dtype: str) -> Precision:
     linear, embedding = _parsed(quantization.get("linear")), _parsed(quantization.get("embedding"))
     single = tuple(sorted((str(name), _parsed(text)) for name, text in tensors.items()))
     return Precision(dtype, linear, embedding, single)
+
+
+def _sparsity(quantization: Mapping[str, Any]) -> Sparsity:
+    zeros = quantization.get("zeros") or {}
+    if not isinstance(zeros, Mapping) or not all(isinstance(count, int) for count in zeros.values()):
+        raise CheckpointError(f"the config's quantization_config counts zeros as {zeros!r}; an object is expected")
+    counts = tuple(sorted((str(name), count) for name, count in zeros.items()))
+    try:
+        return Sparsity(quantization.get("share"), str(quantization.get("scope")), counts)  # type: ignore[arg-type]
+    except UsageError as error:
+        raise CheckpointError(f"the config's quantization_config is damaged: {error}") from error
 
 
 def _parsed(text: Any) -> Grid | None:

@@ -19,8 +19,11 @@ METHODS: dict[str, str] = {
     "gptq": "packlight.compress.quantize.gptq:Gptq",
     "hqq": "packlight.compress.quantize.hqq:Hqq",
     "learned": "packlight.compress.quantize.learned:Learned",
+    "magnitude": "packlight.compress.prune.magnitude:Magnitude",
     "rotate": "packlight.compress.convert.rotate:Rotate",
     "rtn": "packlight.compress.quantize.rtn:Rtn",
+    "sparsegpt": "packlight.compress.prune.sparsegpt:SparseGpt",
+    "wanda": "packlight.compress.prune.wanda:Wanda",
 }
 
 

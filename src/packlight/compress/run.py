@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from packlight.checkpoint.masked import PARTS, decode_masked, masked_tensors
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.packed import decode, stored_tensors
-from packlight.checkpoint.stored import SCALES
+from packlight.checkpoint.stored import MASK, SCALES
 from packlight.compress.step import Step
 from packlight.compress.walk import Block, Calibration, WalkResult, check_names, find_layers, walk
 from packlight.errors import CheckpointError, UsageError
@@ -46,9 +47,14 @@ def check(step: Step, checkpoint: Checkpoint) -> None:
 
 def check_dense(checkpoint: Checkpoint) -> None:
     """Raises UsageError where the checkpoint is quantized already."""
-    if checkpoint.spec.stored is not None:
+    if (stored := checkpoint.spec.stored) is not None:
+        if stored.sparse is not None:
+            raise UsageError(
+                f"{checkpoint.source} is stored without its zeros ({stored}): prune with --storage dense for what "
+                "other methods are to go on with, or start from the original"
+            )
         raise UsageError(
-            f"{checkpoint.source} is already quantized ({checkpoint.spec.stored}): start from the original"
+            f"{checkpoint.source} is already quantized ({stored}): start from the original"
         )
 
 
@@ -89,7 +95,7 @@ def run(
     rows: dict[int, Measurement] = {}
 
     def store(block: Block) -> None:
-        _store(block, work, layout, step.precision.dtype, rows[block.index])
+        _store(block, work, layout, step.precision, rows[block.index])
 
     def restore(block: Block) -> bool:
         return _restore(block, work, step, model, rows)
@@ -139,14 +145,20 @@ def digests(work: Path) -> dict[str, str]:
     return found
 
 
-def _store(block: Block, work: Path, layout: str, dtype: str, row: Measurement) -> None:
+def _store(block: Block, work: Path, layout: str, precision: Precision, row: Measurement) -> None:
+    dtype = precision.dtype
     tensors: dict[str, torch.Tensor] = {}
     for name in block.tensors:
+        base, spec = name.removesuffix(".weight"), block.specs[name]
         if name in block.packed:
-            tensors.update(stored_tensors(name.removesuffix(".weight"), block.packed[name], layout))
+            tensors.update(stored_tensors(base, block.packed[name], layout))
             continue
         tensor = block.tensor(name)
-        tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        tensor = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        if precision.sparse is not None and precision.is_masked(spec):
+            tensors.update(masked_tensors(base, tensor, precision.sparse.num_zeros(spec)))
+        else:
+            tensors[name] = tensor
     # Of a packed matrix this is the de-quantized one: a scale that fits into the dtype may still multiply to infinity.
     seen: dict[str, str] = {}
     for name in block.tensors:
@@ -182,6 +194,10 @@ def _restore(block: Block, work: Path, step: Step, model: nn.Module, rows: dict[
         names = set(stored.keys())
         for name in block.tensors:
             base = name.removesuffix(".weight")
+            if f"{base}{MASK}" in names:
+                masked = {part: stored.get_tensor(f"{base}.{part}") for part in PARTS}
+                put_(model, name, decode_masked(masked, base))
+                continue
             if not any(f"{base}{end}" in names for end in SCALES):
                 put_(model, name, stored.get_tensor(name))
                 continue

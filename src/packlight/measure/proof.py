@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from packlight.checkpoint.masked import masked_names, read_masked
 from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.checkpoint.packed import packed_names, read_quantized
 from packlight.checkpoint.stored import OWN_METHOD
@@ -167,9 +168,11 @@ def _compare_digests(proof: dict[str, Any], found: dict[str, str]) -> Measuremen
 
 def _digests(checkpoint: Checkpoint) -> dict[str, str]:
     """Of every logical tensor as it is read back from the files, de-quantized."""
-    packed = packed_names(checkpoint.index)
+    packed, masked = packed_names(checkpoint.index), masked_names(checkpoint.index)
     parts = {part for matrix in packed.values() for part in matrix.names}
+    parts |= {part for matrix in masked.values() for part in matrix}
     found = {f"{base}.weight": tensor_digest(read_quantized(checkpoint, base).dequantize()) for base in packed}
+    found |= {f"{base}.weight": tensor_digest(read_masked(checkpoint, base)) for base in masked}
     for name, entry in checkpoint.index.items():
         if name not in parts:
             found[name] = tensor_digest(read_tensor(entry))

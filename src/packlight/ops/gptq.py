@@ -68,7 +68,7 @@ def gptq(
     group = cols // grid.num_groups(cols)
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(cols)
-    u = _inverse_factor(hessian[order][:, order], damping, name)
+    u = inverse_factor(hessian[order][:, order], damping, name)
     p = None if cross is None else torch.triu(cross[order][:, order] @ u.T, diagonal=1) @ u
     importance = torch.empty_like(diagonal)
     importance[order] = u.diagonal().reciprocal().square()
@@ -108,9 +108,13 @@ def output_error(weight: torch.Tensor, changed: torch.Tensor, hessian: torch.Ten
     return float(((difference @ hessian) * difference).sum())
 
 
-def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
+def inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
     """U, upper triangular with U^T U = H^-1, of H with its diagonal raised; a column that was never reached stands for
-    itself. Where rounding errors leave H indefinite, damping is raised tenfold, twice at most."""
+    itself. Where rounding errors leave H indefinite, damping is raised tenfold, twice at most.
+
+    Raises:
+        CheckpointError: H is not finite, or indefinite with any damping.
+    """
     mean = hessian.diagonal().mean()
     if not bool(torch.isfinite(hessian).all()):
         raise CheckpointError(f"the inputs of {name} overflow on the calibration text: give another --data")
@@ -124,7 +128,7 @@ def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.T
             if int(info) == 0:
                 found: torch.Tensor = upper
                 return found
-    raise CheckpointError(f"the inputs of {name} do not differ enough for GPTQ: give more calibration text")
+    raise CheckpointError(f"the inputs of {name} do not differ enough for a second-order method: give more calibration text")
 
 
 def _owed(

@@ -14,6 +14,13 @@ scales):
     packlight        the tensors of pack-quantized, but where scales are quantized weight_scale_packed int32
                      (rows, ceil(groups * scale_bits / 32)) and weight_scale_unit (rows, 1) in place of weight_scale
 
+A pruned model may leave its zeros out (`Precision.sparse`). Of each pruned matrix, packlight's own layout then holds
+
+    packlight        weight_mask uint8 (rows, ceil(cols / 8)), bit i of byte j says whether column 8j + i is kept,
+                     weight_values (kept,) row after row, weight_shape int64 (2,)
+
+which takes cols / 8 + (1 - s) * cols * size bytes a row at a share of zeros s, and so saves from s > 1 / (8 * size) on.
+
 A fused stack of experts (3-D) is packed matrix by matrix, with the stack in front of every shape.
 """
 
@@ -32,7 +39,7 @@ from packlight.spec import DTYPE_BYTES, FLOAT_DTYPES, Grid, ModelSpec, Precision
 Layout = Literal["pack-quantized", "int-quantized", "packlight"]
 MAX_SHARD_BYTES = 5_000_000_000
 """Transformers' own limit of a weight file."""
-Role = Literal["codes", "scales", "zero_points", "shapes", "left_alone"]
+Role = Literal["codes", "scales", "zero_points", "shapes", "masks", "values", "left_alone"]
 
 # In the order of alignment that the safetensors writer sorts by (safetensors/src/tensor.rs, `enum Dtype`).
 SAFETENSORS_DTYPES = {
@@ -97,11 +104,15 @@ def check_layout(precision: Precision, layout: Layout) -> None:
 
 
 def _is_plain(precision: Precision) -> bool:
-    return not precision.tensors and all(grid.bits in (4, 8) and grid.scale_bits is None for grid in precision.grids)
+    if precision.sparse is not None or precision.tensors:
+        return False
+    return all(grid.bits in (4, 8) and grid.scale_bits is None for grid in precision.grids)
 
 
 def stored_parts(tensor: TensorSpec, precision: Precision, layout: Layout) -> list[StoredTensor]:
     """What one logical tensor becomes in the file."""
+    if precision.is_masked(tensor):
+        return _masked(tensor, precision)
     grid = precision.grid_of(tensor)
     if grid is None:
         return [StoredTensor(tensor.name, dense_dtype(tensor, precision), tensor.shape)]
@@ -168,6 +179,17 @@ def matrix_shape(tensor: TensorSpec) -> tuple[tuple[int, ...], int, int]:
 def packed_words(count: int, bits: int) -> int:
     """32-bit words that `count` codes of `bits` bits fill, without gaps between the codes."""
     return -(-count * bits // 32)
+
+
+def _masked(tensor: TensorSpec, precision: Precision) -> list[StoredTensor]:
+    assert precision.sparse is not None
+    rows, cols = tensor.shape
+    base, kept = _base(tensor), tensor.numel - precision.sparse.num_zeros(tensor)
+    return [
+        StoredTensor(f"{base}_mask", "uint8", (rows, -(-cols // 8)), "masks"),
+        StoredTensor(f"{base}_values", dense_dtype(tensor, precision), (kept,), "values"),
+        StoredTensor(f"{base}_shape", "int64", (2,), "shapes"),
+    ]
 
 
 def _packed(tensor: TensorSpec, grid: Grid, dtype: str) -> list[StoredTensor]:

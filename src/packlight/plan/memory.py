@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 from packlight.plan.kernels import resident_tensor_bytes
 from packlight.plan.layout import Layout, Role, matrix_shape, tensor_layout
@@ -43,10 +44,14 @@ class DiskBytes:
     zero_points: int
     shapes: int
     left_alone: int
+    masks: int = 0
+    values: int = 0
+    """Of pruned matrices that leave their zeros out."""
 
     @property
     def total(self) -> int:
-        return self.codes + self.scales + self.zero_points + self.shapes + self.left_alone
+        quantized = self.codes + self.scales + self.zero_points
+        return quantized + self.shapes + self.masks + self.values + self.left_alone
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class JobPlan:
 
 def disk_bytes(spec: ModelSpec, precision: Precision, layout: Layout | None = None) -> DiskBytes:
     """Exact bytes of tensor data in the file. A tied embedding is stored once."""
-    sums: dict[Role, int] = {"codes": 0, "scales": 0, "zero_points": 0, "shapes": 0, "left_alone": 0}
+    sums: dict[Role, int] = dict.fromkeys(get_args(Role), 0)
     for part in tensor_layout(spec, precision, layout):
         sums[part.role] += part.nbytes
     return DiskBytes(**sums)

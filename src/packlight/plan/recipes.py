@@ -85,7 +85,7 @@ def loads_in_transformers(precision: Precision, spec: ModelSpec) -> bool:
     matrix while it loads. Two different grids do not load, nor do fused experts or Conv1D matrices.
     """
     grids = precision.grids
-    if not grids:
+    if not precision.is_own:
         return True
     if layout_of(precision) == "packlight":
         return False

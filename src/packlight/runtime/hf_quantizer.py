@@ -5,7 +5,10 @@ loader neither fills nor misses it; afterwards it is put back and `runtime.load.
 in `load_model`: the same packed modules, one tensor in memory at a time. Packed modules cannot be there from the
 start: what transformers does not read itself, it gives fresh memory and random numbers.
 
-Limits: the weights must come from a directory or the hub (no `state_dict`), into the model class that the config names,
+Matrices whose zeros are left out of the file (`checkpoint/masked.py`) go the same way and end as dense tensors. A model
+of these alone is a plain one of transformers' own from then on: it can be moved, trained and saved, dense.
+
+Limits of what stays packed: the weights must come from a directory or the hub (no `state_dict`), into the model class that the config names,
 in the stored dtype, on the CPU; and `save_pretrained` is refused, as the directory itself is what can be copied.
 
 NOTE a trap: this file is imported while transformers is (`runtime/registration.py`), and may import only those parts of
@@ -94,6 +97,7 @@ class PacklightQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Put them back packed, the largest first."""
+        from packlight.checkpoint.masked import masked_names
         from packlight.checkpoint.packed import packed_names
         from packlight.runtime.allocator import weights_apart
         from packlight.runtime.load import fill_buffers_, load_packed_
@@ -105,11 +109,27 @@ class PacklightQuantizer(HfQuantizer):
             model.set_submodule(name, module)
         fill_buffers_(model)  # of what was taken out, such as Gemma's factor of its embedding
         packed, index = packed_names(checkpoint.index), checkpoint.index
+        if masked := masked_names(index):
+            return self._dense(model, checkpoint, masked)
         with weights_apart():
             for base in sorted(packed, key=lambda base: -sum(index[name].nbytes for name in packed[base].names)):
                 load_packed_(model, checkpoint, base)
         model.eval()
         model.register_forward_pre_hook(_refuse_other_devices)
+        return model
+
+    def _dense(
+        self, model: PreTrainedModel, checkpoint: Checkpoint, masked: dict[str, frozenset[str]]
+    ) -> PreTrainedModel:
+        """Fill the matrices whose zeros were left out, and their modules' biases; nothing quantized remains."""
+        from packlight.runtime.load import load_dense_, load_masked_, parameter_names
+
+        for base in masked:
+            load_masked_(model, checkpoint, base)
+        biases = [name for name in checkpoint.index.keys() & parameter_names(model) if _module(name) in masked]
+        load_dense_(model, checkpoint, sorted(biases))
+        self.remove_quantization_config(model)
+        model.eval()
         return model
 
     def is_serializable(self) -> bool:
@@ -131,11 +151,12 @@ def _packed_modules(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
     Raises:
         CheckpointError: the model lacks one.
     """
+    from packlight.checkpoint.masked import masked_names
     from packlight.checkpoint.packed import packed_names
 
     modules = dict(model.named_modules())
-    names = packed_names(checkpoint.index)
-    if foreign := sorted(names.keys() - modules.keys()):
+    names = packed_names(checkpoint.index).keys() | masked_names(checkpoint.index)
+    if foreign := sorted(names - modules.keys()):
         raise CheckpointError(
             f"{checkpoint.path} stores {foreign[0]}, which a {type(model).__name__} does not have: "
             f"load it as the class that its config names, {checkpoint.spec.architecture}"

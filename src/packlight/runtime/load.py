@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from packlight.checkpoint.masked import masked_names, read_masked
 from packlight.checkpoint.open import Checkpoint
 from packlight.checkpoint.packed import PackedParts, packed_names, read_quantized
 from packlight.checkpoint.tensors import read_tensor
@@ -40,8 +41,9 @@ def load_model(checkpoint: Checkpoint, dtype: str | None = None, device: str = "
     model = empty_model(checkpoint, dtype)
     names = parameter_names(model)
     packed = packed_names(checkpoint.index)
-    unknown = _unknown(checkpoint, names, packed)
-    if unknown and not packed:
+    masked = masked_names(checkpoint.index)
+    unknown = _unknown(checkpoint, names, packed, masked)
+    if unknown and not packed and not masked:
         return _moved(load_through_transformers(checkpoint, dtype), device)
     if unknown:
         raise CheckpointError(f"{checkpoint.path} holds tensors foreign to its architecture, such as {unknown[0]}")
@@ -51,6 +53,8 @@ def load_model(checkpoint: Checkpoint, dtype: str | None = None, device: str = "
     with weights_apart():
         for base in by_size:
             load_packed_(model, checkpoint, base, device)
+        for base in masked:
+            load_masked_(model, checkpoint, base, device)
         load_dense_(model, checkpoint, [name for name in checkpoint.index if name in names - parts], device=device)
         _tie_(model, checkpoint)
     _refuse_meta(model, checkpoint)
@@ -128,6 +132,19 @@ def load_packed_(model: PreTrainedModel, checkpoint: Checkpoint, base: str, devi
     model.set_submodule(base, PackedLinear(weight, bias))
 
 
+def load_masked_(model: nn.Module, checkpoint: Checkpoint, base: str, device: str = "cpu") -> None:
+    """Read a matrix whose zeros are left out of the file: dense, in the model's dtype.
+
+    Raises:
+        CheckpointError: the shape differs from what the config implies.
+    """
+    name = f"{base}.weight"
+    owner, leaf = _owner(model, name)
+    old, weight = getattr(owner, leaf), read_masked(checkpoint, base)
+    check_shape(checkpoint, name, tuple(weight.shape), old)
+    put_(model, name, weight.to(device, old.dtype))
+
+
 def put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Put a tensor in place of the parameter or buffer `name`; no gradient is kept."""
     owner, leaf = _owner(model, name)
@@ -173,9 +190,12 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(str(name) for name, module in model.named_modules() if module is wanted)
 
 
-def _unknown(checkpoint: Checkpoint, names: set[str], packed: dict[str, PackedParts]) -> list[str]:
-    """Stored tensors that are no parameter, no part of a packed one, and no table that is computed anyway."""
+def _unknown(
+    checkpoint: Checkpoint, names: set[str], packed: dict[str, PackedParts], masked: dict[str, frozenset[str]]
+) -> list[str]:
+    """Stored tensors that are no parameter, no part of one, and no table that is computed anyway."""
     known = names | {part for parts in packed.values() for part in parts.names}
+    known |= {part for parts in masked.values() for part in parts}
     computed = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
     return sorted(name for name in set(checkpoint.index) - known if not name.endswith(computed))
 

@@ -7,13 +7,14 @@ nearest without it. Its limits: it minimizes each layer's error on its own, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from packlight.compress.listen import Group, input_groups, inputs_of_all
+from packlight.compress.listen import input_groups
+from packlight.compress.moments import gather
 from packlight.compress.quantize.options import GridOptions, relative_error
 from packlight.compress.walk import Block
 from packlight.errors import UsageError
@@ -114,10 +115,10 @@ class Gptq(GridOptions):
         grids = {name: grid for name, grid, _ in self.matrices(block)}
         groups = input_groups(block, list(grids))
         error = norm = 0.0
-        moments = {} if self.true_sequential else self._moments(block, groups, originals)
+        moments = {} if self.true_sequential else gather(block, groups, originals, self.asymmetry)
         for group in groups:
             if self.true_sequential:
-                moments = self._moments(block, [group], originals)
+                moments = gather(block, [group], originals, self.asymmetry)
             hessian, cross = moments[group]
             for name in group.names:
                 block.pack_(name, self._round(name, originals[name], hessian, grids[name], cross))
@@ -130,28 +131,3 @@ class Gptq(GridOptions):
             block.name,
             note="||(W - W') X||^2 / ||W X||^2 on the calibration text",
         )
-
-    def _moments(
-        self, block: Block, groups: Sequence[Group], originals: dict[str, torch.Tensor]
-    ) -> dict[Group, tuple[torch.Tensor, torch.Tensor | None]]:
-        """Sum of x x^T over all tokens, and of (x~ - x) x^T where asymmetry asks for it, (cols, cols) each; one pass
-        for all groups."""
-        assert block.activations is not None
-        widths = {group: originals[group.names[0]].shape[1] for group in groups}
-        hessians = {group: torch.zeros(cols, cols) for group, cols in widths.items()}
-        crosses = {group: torch.zeros(cols, cols) if self.asymmetry else None for group, cols in widths.items()}
-        first = [group.names[0] for group in groups]
-        for part in block.activations.batches():
-            seen = inputs_of_all(block, first, block.activations.inputs[part])
-            exact = {}
-            if self.asymmetry:
-                with block.showing(originals):
-                    exact = inputs_of_all(block, first, block.activations.exact[part])
-            for group in groups:
-                x = seen[group.names[0]]
-                weights = block.activations.weights(group.names, part)
-                weighted = x if weights is None else x * weights.reshape(-1, 1)
-                hessians[group].addmm_(x.T, weighted)
-                if (cross := crosses[group]) is not None:
-                    cross.addmm_((exact[group.names[0]] - x).T, weighted, alpha=self.asymmetry)
-        return {group: (hessians[group], crosses[group]) for group in groups}
