@@ -1,8 +1,9 @@
 """The way: open -> plan -> measure -> compress -> measure -> save -> prove. Read this first.
 
 This is the only file that knows the order of the rooms. `fit` goes the whole way from a budget; `quantize` goes it
-with a method that the user chose; `evaluate` and `prove` are single stations of it. Every station appends its rows to
-the ledger of the job as they arrive, and a job that was cut short passes over the stations whose rows are there.
+with a method that the user chose, `prune` with one that sets weights to zero; `evaluate` and `prove` are single
+stations of it. Every station appends its rows to the ledger of the job as they arrive, and a job that was cut short
+passes over the stations whose rows are there.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from packlight.compress.choice import (
     step_options,
     weigh,
 )
+from packlight.compress.prune.share import counted, needs_counts
 from packlight.compress.registry import build
 from packlight.compress.step import Step
 from packlight.compress.sweep import known_guide
@@ -72,6 +74,8 @@ from packlight.spec import FLOAT_DTYPES, Budget, Hardware, Precision, format_siz
 PROOF_TOKENS = 64
 FIT_WINDOWS = 16
 """Windows of calibration text that `fit` takes: an eighth of what `quantize` takes, for most of the gain."""
+PRUNE_CONTEXT = 512
+"""Tokens in the cache where `prune` measures memory and speed."""
 SPARE_BYTES = 10_000_000
 """Kept free beside the weights: tokenizer, ledger, card."""
 ORIGINAL, PACKED = "original", "packed"
@@ -241,15 +245,46 @@ def quantize(
     layout = layout or layout_of(step.precision)
     check_layout(step.precision, layout)
     compress.check(step, checkpoint)
-    compress.check_modules(checkpoint, step.precision)
-    text = _prepare(checkpoint, step, calibration)
-    request = _request(checkpoint) | {"layout": layout, "steps": [step.to_dict()]} | _text_asked(text)
-    if save.made_earlier(out, request):
-        watcher.say(f"{out} was made by the same request: nothing to do")
-        return Made(out, evidence.read(out / LEDGER_NAME))
-    save.refuse_existing(out)
-    rows = _make(checkpoint, step, out, request, layout, text, lambda packed, ledger: None, watcher)
-    return Made(out, rows)
+    return _apply_chosen(checkpoint, out, step, layout, calibration, lambda packed, ledger: None, watcher)
+
+
+def prune(
+    model: str,
+    out: Path,
+    step: Step,
+    watcher: Watcher,
+    calibration: CalibrationText | None = None,
+    threads: int | None = None,
+) -> Made:
+    """Set weights to zero, and say what that saved: bytes, peak memory and speed are measured before and after.
+
+    Zeros of a global count are shared out among the matrices first; `evaluate` measures quality.
+
+    Args:
+        calibration: for the steps that read inputs; default: the bundled text.
+
+    Raises:
+        UsageError: bad input, a step that does not suit the model, or a target that cannot be written.
+        ProofError: the artifact does not load back as what was computed.
+    """
+    checkpoint = _open(model)
+    compress.check_dense(checkpoint)
+    if needs_counts(step):
+        compress.check_modules(checkpoint, step.precision)
+        step = counted(step, checkpoint, watcher.stage("how the matrices share the zeros", 2))
+    compress.check(step, checkpoint)
+    spec = checkpoint.spec
+    dense = artifact_bytes(spec, Precision(step.precision.dtype))
+    budget = Budget(context=min(PRUNE_CONTEXT, spec.max_context))
+    machine = find_hardware(threads, is_probed=False)
+
+    def measure(packed: Checkpoint, ledger: Ledger) -> None:
+        if not ledger.has("dense_bytes", PACKED):
+            note = f"of the weight files in {step.precision.dtype} with every zero in them"
+            ledger.add([Measurement("dense_bytes", dense, "bytes", PACKED, note=note)])
+        _measure_pair(checkpoint, packed, budget, machine, ledger, watcher)
+
+    return _apply_chosen(checkpoint, out, step, layout_of(step.precision), calibration, measure, watcher)
 
 
 def evaluate(
@@ -327,6 +362,26 @@ def probe(watcher: Watcher, threads: int | None = None) -> Hardware:
     return calibrate(machine, KERNELS, tick)
 
 
+def _apply_chosen(
+    checkpoint: Checkpoint,
+    out: Path,
+    step: Step,
+    layout: Layout,
+    calibration: CalibrationText | None,
+    measure: Callable[[Checkpoint, Ledger], None],
+    watcher: Watcher,
+) -> Made:
+    """One step that was chosen by hand, unless the same request has been fulfilled already."""
+    compress.check_modules(checkpoint, step.precision)
+    text = _prepare(checkpoint, step, calibration)
+    request = _request(checkpoint) | {"layout": layout, "steps": [step.to_dict()]} | _text_asked(text)
+    if save.made_earlier(out, request):
+        watcher.say(f"{out} was made by the same request: nothing to do")
+        return Made(out, evidence.read(out / LEDGER_NAME))
+    save.refuse_existing(out)
+    return Made(out, _make(checkpoint, step, out, request, layout, text, measure, watcher))
+
+
 def _make(
     checkpoint: Checkpoint,
     step: Step,
@@ -357,7 +412,7 @@ def _make(
             ledger.add(proof.prove(work.artifact, loads_in_transformers(precision, spec)))
             tick()
         name, text_of = short_name(checkpoint.source), save.recipe_text(recipe)
-        card = model_card(name, ledger.rows, text_of, layout == "packlight" and bool(precision.grids))
+        card = model_card(name, ledger.rows, text_of, layout == "packlight" and precision.is_own)
         (work.artifact / "README.md").write_text(card, encoding="utf-8")
         shutil.copyfile(ledger.path, work.artifact / LEDGER_NAME)
         save.publish(work)

@@ -48,7 +48,9 @@ def decode_masked(parts: Mapping[str, torch.Tensor], base: str) -> torch.Tensor:
     mask, values = parts["weight_mask"], parts["weight_values"]
     rows, cols = parts["weight_shape"].tolist()
     if tuple(mask.shape) != (rows, -(-cols // 8)):
-        raise CheckpointError(f"{base}{MASK} has shape {tuple(mask.shape)}, a matrix of {rows} x {cols} implies another")
+        raise CheckpointError(
+            f"{base}{MASK} has shape {tuple(mask.shape)}, a matrix of {rows} x {cols} implies another"
+        )
     kept = unpack_bits(mask, cols)
     if (count := int(kept.sum())) != values.numel():
         raise CheckpointError(f"{base}{MASK} keeps {count} weights and {values.numel()} are stored: it is damaged")

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from packlight.cli import demo, evaluate, export, fit, generate, lab, plan, prove, quantize, report, serve
+from packlight.cli import demo, evaluate, export, fit, generate, lab, plan, prove, prune, quantize, report, serve
 from packlight.cli.output import complain
 from packlight.errors import PacklightError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("plan")(plan.plan)
 app.command("fit")(fit.fit)
 app.command("quantize")(quantize.quantize)
+app.command("prune")(prune.prune)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)

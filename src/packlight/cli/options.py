@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -80,3 +81,30 @@ def parse_max_loss(text: str | None) -> float | None:
         return float(text.removesuffix("%"))
     except ValueError:
         raise UsageError(f"--max-loss is a percentage such as 5 or 5%, not {text!r}") from None
+
+
+def refuse_typed(typed: typer.Context, method: str, names: tuple[str, ...]) -> None:
+    """Raises UsageError for a flag that was given and that the method would pass over in silence."""
+    for name in names:
+        if is_typed(typed, name):
+            raise UsageError(f"{method} takes no --{name.replace('_', '-')}")
+
+
+def is_typed(typed: typer.Context, name: str) -> bool:
+    """Whether a flag was given, and does not merely have its default."""
+    source = typed.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def parse_options(options: list[str]) -> dict[str, Any]:
+    """`act_order=false` as {"act_order": False}. Raises UsageError for what is not a name and a value."""
+    found = {}
+    for text in options:
+        name, joint, value = text.partition("=")
+        if not joint or not name.isidentifier():
+            raise UsageError(f"--option is a name and a value such as act_order=false, not {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

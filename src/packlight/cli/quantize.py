@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 
@@ -15,6 +14,8 @@ from packlight.plan.layout import Layout
 
 DENSE = ("cast", "rotate")
 """Methods whose result is on no grid."""
+PRUNING = ("magnitude", "wanda", "sparsegpt")
+"""Methods of another verb."""
 GRID_FLAGS = ("bits", "group_size", "symmetric", "embeddings", "scale_bits", "clip")
 
 
@@ -74,8 +75,10 @@ def quantize(
       packlight quantize demo --method cast --dtype bfloat16 --out build/bf16
     """
     group = options.parse_group(group_size)
+    if method in PRUNING:
+        raise UsageError(f"{method} sets weights to zero and puts none on a grid: use packlight prune")
     if method in DENSE:
-        _refuse_typed(typed, method, (*GRID_FLAGS, "layout"))
+        options.refuse_typed(typed, method, (*GRID_FLAGS, "layout"))
     if layout not in (None, *get_args(Layout)):
         raise UsageError(f"--layout is one of {', '.join(get_args(Layout))}, not {layout!r}")
     from packlight.compress.calibration import CalibrationText, parse_data
@@ -91,12 +94,12 @@ def quantize(
     given = {"bits": bits, "group_size": group, "symmetric": symmetric, "embeddings": embeddings, "dtype": dtype}
     given |= {"scale_bits": scale_bits, **({} if clip is None else {"clip": clip})}
     if method in DENSE:
-        given = {"dtype": dtype} if method == "cast" or _is_typed(typed, "dtype") else {}
-    step = build({"method": method, **given, **_parsed(option or [])})
+        given = {"dtype": dtype} if method == "cast" or options.is_typed(typed, "dtype") else {}
+    step = build({"method": method, **given, **options.parse_options(option or [])})
     text = CalibrationText(parse_data(data), windows, window)
     with progress(quiet) as shown:
         if step.reading is None:
-            _refuse_typed(typed, method, ("windows", "window"))
+            options.refuse_typed(typed, method, ("windows", "window"))
             if data is not None:
                 load_text(Path(data))
                 shown.say(f"{method} reads no text: --data is not used")
@@ -105,29 +108,3 @@ def quantize(
         print_json({"out": str(made.path), "rows": rows_as_json(made.rows)})
         return
     print_rows(made.rows, f"{model} -> {made.path}")
-
-
-def _refuse_typed(typed: typer.Context, method: str, names: tuple[str, ...]) -> None:
-    """Raises UsageError for a flag that was given and that the method would pass over in silence."""
-    for name in names:
-        if _is_typed(typed, name):
-            raise UsageError(f"{method} takes no --{name.replace('_', '-')}")
-
-
-def _is_typed(typed: typer.Context, name: str) -> bool:
-    source = typed.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _parsed(options: list[str]) -> dict[str, Any]:
-    """`act_order=false` as {"act_order": False}. Raises UsageError for what is not a name and a value."""
-    found = {}
-    for text in options:
-        name, joint, value = text.partition("=")
-        if not joint or not name.isidentifier():
-            raise UsageError(f"--option is a name and a value such as act_order=false, not {text!r}")
-        try:
-            found[name] = json_module.loads(value)
-        except ValueError:
-            found[name] = value
-    return found

@@ -53,9 +53,7 @@ def check_dense(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.source} is stored without its zeros ({stored}): prune with --storage dense for what "
                 "other methods are to go on with, or start from the original"
             )
-        raise UsageError(
-            f"{checkpoint.source} is already quantized ({stored}): start from the original"
-        )
+        raise UsageError(f"{checkpoint.source} is already quantized ({stored}): start from the original")
 
 
 def check_modules(checkpoint: Checkpoint, precision: Precision) -> PreTrainedModel:

@@ -128,7 +128,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Te
             if int(info) == 0:
                 found: torch.Tensor = upper
                 return found
-    raise CheckpointError(f"the inputs of {name} do not differ enough for a second-order method: give more calibration text")
+    raise CheckpointError(f"the inputs of {name} do not differ enough to fit to: give more calibration text")
 
 
 def _owed(

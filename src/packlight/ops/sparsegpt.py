@@ -2,9 +2,9 @@
 
 It is GPTQ's walk over the columns with zero in the place of the nearest grid point. With U the upper Cholesky factor of
 H^-1, removing w_j costs (w_j / U_jj)^2 / 2 once the columns before j are settled, and the best answer of the later ones
-is `W[:, j:] -= w_j / U_jj * U[j, j:]` (Frantar and Alistarh, "SparseGPT", arXiv 2301.00774, sections 3.2 and 3.3). Which
-weights go is decided for a block of columns at a time, when all before it are settled: late enough to know what the
-weights have become, early enough that a cheap column can be chosen among many.
+is `W[:, j:] -= w_j / U_jj * U[j, j:]` (Frantar and Alistarh, "SparseGPT", arXiv 2301.00774, sections 3.2 and 3.3).
+Which weights go is decided for a block of columns at a time, when all before it are settled: late enough to know what
+the weights have become, early enough that a cheap column can be chosen among many.
 """
 
 from __future__ import annotations

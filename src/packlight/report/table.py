@@ -140,7 +140,9 @@ class Quantity:
 
 
 QUANTITIES = {
+    "sparsity": Quantity("zeros in the pruned matrices", _as_share),
     "disk_bytes": Quantity("bytes on disk", _as_bytes),
+    "dense_bytes": Quantity("the same with zeros stored like other numbers", _as_bytes),
     "bits_per_weight": Quantity("bits per weight", _as_number),
     "peak_bytes": Quantity("peak memory (predicted, difference)", _as_size),
     "weights_bytes": Quantity("weights (planned, difference)", _as_size),

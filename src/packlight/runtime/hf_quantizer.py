@@ -8,8 +8,9 @@ start: what transformers does not read itself, it gives fresh memory and random 
 Matrices whose zeros are left out of the file (`checkpoint/masked.py`) go the same way and end as dense tensors. A model
 of these alone is a plain one of transformers' own from then on: it can be moved, trained and saved, dense.
 
-Limits of what stays packed: the weights must come from a directory or the hub (no `state_dict`), into the model class that the config names,
-in the stored dtype, on the CPU; and `save_pretrained` is refused, as the directory itself is what can be copied.
+Limits of what stays packed: the weights must come from a directory or the hub (no `state_dict`), into the model class
+that the config names, in the stored dtype, on the CPU; and `save_pretrained` is refused, as the directory itself is
+what can be copied.
 
 NOTE a trap: this file is imported while transformers is (`runtime/registration.py`), and may import only those parts of
 it that its quantizers build on; all else, from inside functions.
@@ -128,7 +129,7 @@ class PacklightQuantizer(HfQuantizer):
             load_masked_(model, checkpoint, base)
         biases = [name for name in checkpoint.index.keys() & parameter_names(model) if _module(name) in masked]
         load_dense_(model, checkpoint, sorted(biases))
-        self.remove_quantization_config(model)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]  # transformers does not say
         model.eval()
         return model
 
