@@ -57,6 +57,42 @@ def test_quantize(flags: list[str], tiny: Path, out: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--sparsity", "1"], "from 0 to below 1, not 1"),
+        (["--sparsity", "-0.5"], "from 0 to below 1, not -0.5"),
+        (["--sparsity", "50%"], "not a valid float"),
+        (["--sparsity", "nan"], "from 0 to below 1, not nan"),
+        (["--scope", "block"], "scope is layer, row, global or N:M such as 2:4, not 'block'"),
+        (["--scope", "4:2"], "scope is layer"),
+        (["--scope", "2:4", "--sparsity", "0.6"], "2:4 is a sparsity of 0.5, not 0.6"),
+        (["--scope", "2:5"], "2:5 does not divide a row of 128"),
+        (["--scope", "global"], "sparsegpt counts zeros by layer, row or N:M, not global"),
+        (["--method", "wanda", "--scope", "global"], "wanda counts zeros by layer, row or N:M"),
+        (["--method", "rtn"], "there is no pruning method 'rtn': choose one of magnitude, wanda, sparsegpt"),
+        (["--storage", "zip"], "storage is dense or bitmask, not 'zip'"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--option", "damping=0"], "damping is above 0"),
+        (["--option", "block_size=0"], "at least one column"),
+        (["--option", "alpha=1"], "it takes"),
+        (["--method", "magnitude", "--option", "damping=0.1"], "it takes"),
+        (["--method", "magnitude", "--windows", "2"], "magnitude takes no --windows"),
+        (["--method", "magnitude", "--data", "nowhere.txt"], "there is no text file nowhere.txt"),
+        (["--data", "nowhere.txt"], "there is no text file nowhere.txt"),
+        (["--windows", "0"], "--windows"),
+    ],
+)
+def test_prune(flags: list[str], says: str, tiny: Path, out: Path, tmp_path: Path) -> None:
+    assert_refused(["prune", tiny, "-q", "--out", out, *flags], tmp_path, says=says)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_quantize_sends_pruning_to_its_verb(method: str, tiny: Path, out: Path, tmp_path: Path) -> None:
+    assert_refused(["quantize", tiny, "--method", method, "--out", out], tmp_path, says="use packlight prune")
+    assert_refused(["fit", tiny, "--method", method, "--out", out, *FIT], tmp_path, says="does not take")
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         ["--memory", "160"],

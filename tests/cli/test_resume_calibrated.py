@@ -23,6 +23,7 @@ from tests.cli.interrupting import (
 
 from packlight.compress import calibration, sensitivity
 from packlight.compress import run as compress
+from packlight.compress.prune import sparsegpt as pruning
 from packlight.compress.quantize import gptq, learned
 from packlight.compress.sweep import Sweep
 from packlight.evidence import LEDGER_NAME, read
@@ -37,6 +38,8 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "plain": ("quantize", *TEXT, "--method", "gptq", "--option", "guided=false", "--embeddings", 8),
     "self": ("quantize", *TEXT, "--method", "gptq", "--data", "self"),
     "learned": ("quantize", *TEXT, "--method", "learned", "--bits", 2, "--scale-bits", 6, "--option", "epochs=2"),
+    "wanda": ("prune", *TEXT, "--method", "wanda"),
+    "sparsegpt": ("prune", *TEXT, "--method", "sparsegpt", "--scope", "2:4", "--storage", "bitmask"),
     "fit": ("fit", "-q", "--context", 32, "--window", 32, "--tokens", 64, "--windows", 3),
 }
 
@@ -139,6 +142,8 @@ MOMENTS: list[tuple[str, Any, str, int]] = [
     ("plain", compress, "_store", 3),
     ("self", calibration, "sample_windows", 0),
     ("learned", learned._Learner, "result", 8),
+    ("wanda", compress, "_store", 2),
+    ("sparsegpt", pruning, "sparsegpt", 9),  # in the second layer
     ("fit", sensitivity, "_block_losses", 3),
     ("fit", compress, "_store", 2),
 ]

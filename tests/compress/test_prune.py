@@ -130,7 +130,7 @@ def test_a_global_count_is_that_of_a_sort(share: float, dtype: str, tmp_path: Pa
     checkpoint = open_checkpoint(directory)
     ticks: list[None] = []
     step = counted(Magnitude(sparsity=share, scope="global"), checkpoint, lambda: ticks.append(None))
-    assert isinstance(step, Magnitude) and not needs_counts(step) or share == 0
+    assert (isinstance(step, Magnitude) and not needs_counts(step)) or share == 0
     weights = {t.name: read_tensor(checkpoint.index[t.name]).float() for t in checkpoint.spec.quantizable}
     flat = torch.cat([weight.abs().flatten() for weight in weights.values()])
     names = [name for name, weight in weights.items() for _ in range(weight.numel())]
