@@ -210,7 +210,7 @@ def damage(directory: Path, name: str, change: Any) -> None:
         ("weight_values", lambda values: values[1:].clone(), r"keeps 4096 weights and 4095 are stored"),
         ("weight_values", lambda values: None, r"weight_values is missing"),
         ("weight_mask", lambda mask: mask[1:].clone(), r"weight_mask has shape \(127, 8\)"),
-        ("weight_mask", lambda mask: torch.zeros_like(mask), r"keeps 0 weights and 4096 are stored"),
+        ("weight_mask", torch.zeros_like, r"keeps 0 weights and 4096 are stored"),
         ("weight_shape", lambda shape: None, r"without a weight_shape"),
         ("weight_shape", lambda shape: shape.flip(0), r"shape"),
     ],

@@ -1,4 +1,4 @@
-"""SparseGPT's arithmetic: one weight is removed as the exact solution says, and many cost less than by simpler scores."""
+"""SparseGPT's arithmetic: one weight is removed as the exact solution says, and many cost less than by other scores."""
 
 from __future__ import annotations
 
