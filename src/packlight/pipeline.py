@@ -42,7 +42,7 @@ from packlight.compress.registry import build
 from packlight.compress.step import Step
 from packlight.compress.sweep import known_guide
 from packlight.compress.walk import Calibration, WalkResult
-from packlight.errors import CheckpointError, ProofError
+from packlight.errors import CheckpointError, ProofError, UsageError
 from packlight.evidence import LEDGER_NAME, Ledger, Measurement
 from packlight.measure import proof
 from packlight.measure.bandwidth import hardware as find_hardware
@@ -185,6 +185,8 @@ def fit(
     asked = asdict(budget) | {"method": strategy.method, "uniform": strategy.is_uniform}
     compress.check_dense(checkpoint)
     method = build({"method": strategy.method})
+    if method.precision.linear is None:
+        raise UsageError(f"{method.name} puts no weight on a grid: fit takes a method that quantizes, such as gptq")
     cut, note = evaluation_windows(checkpoint, yardstick)
     text = prepare(checkpoint, strategy.calibration, method.reading)
     request = _request(checkpoint) | {"asked": asked, "text": note, "calibration": text.asked()}
