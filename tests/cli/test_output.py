@@ -16,7 +16,7 @@ import pytest
 from tests.cli.conftest import change_config
 from tests.cli.driver import call, run, spawn
 
-VERBS = ("plan", "fit", "quantize", "eval", "generate", "prove", "report", "demo")
+VERBS = ("plan", "fit", "quantize", "prune", "eval", "generate", "prove", "report", "demo")
 EVAL = ("--context", 32, "--tokens", 128)
 FIT: tuple[object, ...] = ("--memory", "1GB", "--context", 32, "--window", 32, "--tokens", 128)
 EVAL_ROW = {

@@ -21,6 +21,8 @@ def test_dense_zeros_save_nothing_and_it_says_so(tiny: Path, out: Path) -> None:
     assert "50 % of the weights in the pruned matrices are zero, and the zeros save nothing" in ended.out
     assert "no memory and no time are saved" in ended.out
     assert "the zeros save nothing" in (out / "README.md").read_text()
+    for words in ((), ("--markdown",), ("--json",)):
+        assert "the zeros save nothing" in call("report", out, *words).out
     # The original is float32, and so is the result where no other dtype is asked for.
     assert disk_size(open_checkpoint(out)) == disk_size(open_checkpoint(tiny))
 

@@ -26,6 +26,7 @@ def report(
       packlight report build/demo --markdown
     """
     from packlight.evidence import LEDGER_NAME, read
+    from packlight.report.sparsity import what_zeros_saved
 
     try:
         rows = read(directory / LEDGER_NAME)
@@ -33,17 +34,21 @@ def report(
         raise CheckpointError(f"{directory / LEDGER_NAME} is damaged ({error}): make the artifact again") from error
     if not rows:
         raise CheckpointError(f"{directory} holds no {LEDGER_NAME}: give an artifact that packlight saved")
+    zeros = what_zeros_saved(rows)
     if json:
         first = rows[0]
         machine = {"command": first.command, "commit": first.commit, "environment": dict(first.environment)}
-        print_json({"artifact": str(directory), **machine, "rows": rows_as_json(rows)})
+        print_json({"artifact": str(directory), **machine, "rows": rows_as_json(rows), **({} if zeros is None else {"zeros": zeros})})
         return
     if markdown:
         from packlight.report.table import markdown_table
 
         print(markdown_table(rows), end="")
+        print("" if zeros is None else f"\n{zeros}\n", end="")
         return
     print_rows(rows, str(directory))
+    if zeros is not None:
+        print(zeros)
     text = next((row.note for row in rows if row.name == "perplexity"), None)
     if text:
         print(f"text: {text}")
