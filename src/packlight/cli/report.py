@@ -38,7 +38,8 @@ def report(
     if json:
         first = rows[0]
         machine = {"command": first.command, "commit": first.commit, "environment": dict(first.environment)}
-        print_json({"artifact": str(directory), **machine, "rows": rows_as_json(rows), **({} if zeros is None else {"zeros": zeros})})
+        said = {} if zeros is None else {"zeros": zeros}
+        print_json({"artifact": str(directory), **machine, "rows": rows_as_json(rows), **said})
         return
     if markdown:
         from packlight.report.table import markdown_table
