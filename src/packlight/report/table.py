@@ -155,6 +155,11 @@ QUANTITIES = {
     "second_token_s": Quantity("to the second", _as_number),
     "prefill_tps": Quantity("prefill, tokens/s (predicted)", _as_rate),
     "decode_tps": Quantity("decode, tokens/s (predicted)", _as_rate),
+    "tokens_per_s": Quantity("tokens/s of all clients ± half the range", _as_number),
+    "ttft_s_p50": Quantity("s to the first token, p50", _as_number),
+    "ttft_s_p99": Quantity("p99", _as_number),
+    "token_s_p50": Quantity("s per token, p50", _as_number),
+    "token_s_p99": Quantity("p99 of that", _as_number),
 }
 """What a table shows, in this order, by the name of the ledger's row."""
 
