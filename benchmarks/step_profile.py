@@ -2,8 +2,8 @@
 
     python benchmarks/step_profile.py [MODEL] [--answers 1 16] [--steps 8] [--ledger evidence/step-profile.jsonl]
 
-The last line of stdout is one JSON object: seconds of a step, and of its matrix products, attention kernel and copies of
-blocks. What is left over is everything that is small, Python included.
+The last line of stdout is one JSON object: seconds of a step, and of its matrix products, attention kernel and copies
+of blocks. What is left over is everything that is small, Python included.
 """
 
 from __future__ import annotations
