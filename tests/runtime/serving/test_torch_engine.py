@@ -300,5 +300,7 @@ def test_a_compiled_engine_answers_alike_and_compiles_no_more(
         for place, prompt in enumerate(prompts(6, 60, seed=4)):
             one.add(Request(str(place), prompt, Sampling(max_tokens=12)))
     assert drain(engine) == drain(plain)
+    for prompt in (prompts(1, 60, seed=5)[0], tuple(TEXT[:100])):  # steps of one token, with few blocks and many
+        assert ask(engine, prompt) == ask(plain, prompt)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     torch._dynamo.reset()

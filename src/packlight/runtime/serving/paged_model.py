@@ -89,10 +89,12 @@ class PagedModel:
             for pool in pair:
                 mark_static(pool)
         compile_forward_(self.model.base_model, backend)
-        blocks = (0,) * 3  # NOTE a trap: sizes that are equal in the first call are taken to be equal for ever
+        # NOTE a trap: sizes that are equal in the first call are taken to be equal for ever. Here all differ: tokens,
+        # rows of the table, its columns (4), blocks.
+        blocks = (0,) * 5
         with traced():
             self._forward([0], [Span(0, 1, 0, blocks)], [0])
-            self._forward([0] * 7, [Span(0, 6, 0, blocks), Span(6, 1, 0, blocks[:1])], [6])
+            self._forward([0] * 7, [Span(0, 6, 0, blocks), Span(6, 1, 0, blocks[:3])], [6])
         return time.perf_counter() - start
 
     def cache_bytes(self) -> int:
