@@ -156,6 +156,50 @@ def kv_cache(
     print(f"rows, tables and plot: {study.out}")
 
 
+@app.command("sparsity")
+def sparsity(
+    model: options.Model = "demo",
+    blocks: Annotated[
+        int | None,
+        typer.Option("--blocks", help="How many of the model's blocks, evenly spread; default: all.", min=1),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Of text for the divergence, 128 or more; 0 leaves it out.", min=0)
+    ] = 512,
+    out: Out = None,
+    quick: Quick = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measures of sparsity: what each promises, and what each says about compressing a model's matrices.
+
+    Prints which of six properties every measure has, and draws sparsity against compressibility matrix by matrix, and
+    how many weights must stay, by the PQ Index's bound and by counting. Another model with the same --out joins in.
+
+    [bold]Examples[/bold]
+
+      packlight lab sparsity
+
+      packlight lab sparsity org/name --blocks 8 --tokens 0 --out build/lab/wide
+    """
+    from packlight.lab.sparsity_figures import draw, tables
+    from packlight.lab.sparsity_study import run
+    from packlight.lab.study import Study
+
+    study = Study(out or Path("build/lab/sparsity"), threads)
+    with progress(quiet) as shown:
+        run(study, model, blocks, tokens, quick, threads, shown)
+    shown_tables = tables(study.rows)
+    study.finish(shown_tables, lambda figure: draw(figure, study.rows))
+    if json:
+        print_json({"out": str(study.out), "rows": _rows(study.rows)})
+        return
+    for table in shown_tables:
+        print(table.text())
+    print(f"rows, tables and plot: {study.out}")
+
+
 def _rows(rows: Any) -> list[dict[str, Any]]:
     return [asdict(replace(row, environment={})) for row in rows]
 

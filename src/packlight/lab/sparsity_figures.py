@@ -1,0 +1,212 @@
+"""Tables and the plot of the study of sparsity, from its rows alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from packlight.evidence import Measurement
+from packlight.lab import sparsity as lab
+from packlight.lab import sparsity_properties as properties
+from packlight.report.plain import PlainTable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Measurement]
+Values = dict[str, float]
+"""What was measured on one matrix, by the name of the row; a bound under `BOUND` and the name."""
+
+BOUND = "bound of "
+ENERGIES = {f"{1 - kept.lost:.0%}".replace("%", " %"): kept for kept in lab.KEPT if kept.p == 2}
+MOST_OF_ENERGY = lab.KEPT[-1]
+DRAWN_BOUNDS = [kept for kept in lab.KEPT if kept.lost == 0.05]
+LABELS = {
+    "pq_index_0.5_1": "PQ Index 0.5, 1",
+    "pq_index_1_2": "PQ Index 1, 2",
+    "gini": "Gini",
+    "hoyer": "Hoyer",
+    "soft_sparsity_0.5": "soft sparsity 0.5",
+}
+FEWEST = 3
+"""Matrices for which a rank correlation is given."""
+
+
+def properties_table(rows: Rows) -> PlainTable:
+    """Which measure has which property, as far as the search saw."""
+    cells = {(row.subject, row.name): row for row in rows}
+    names = [properties.row_name(name) for name in properties.PROPERTIES]
+    lines = [
+        (measure.name, *("no" if cells[measure.name, name].value else "yes" for name in names))
+        for measure in properties.MEASURES
+        if all((measure.name, name) in cells for name in names)
+    ]
+    return PlainTable("Which measure has which property", ("measure", *properties.PROPERTIES), tuple(lines))
+
+
+def contradictions_table(rows: Rows) -> PlainTable:
+    """For every property that a measure lacks, how often, and the first vector that shows it."""
+    cells = {(row.subject, row.name): row for row in rows}
+    lines = []
+    for measure in properties.MEASURES:
+        for name in properties.PROPERTIES:
+            row = cells.get((measure.name, properties.row_name(name)))
+            if row is not None and row.value:
+                lines.append((measure.name, name, f"{row.value} of {row.n}", str(row.note)))
+    columns = ("measure", "lacks", "vectors against it", "the first: vector → changed vector, measure → measure")
+    return PlainTable("Contradictions", columns, tuple(lines))
+
+
+def tables(rows: Rows) -> list[PlainTable]:
+    """All tables; what was not measured is left out."""
+    made = [properties_table(rows), contradictions_table(rows)]
+    models = by_model(rows)
+    made += [_agreement(models), _bounds(models)]
+    made += [_roles(model, matrices) for model, matrices in models.items()]
+    return [table for table in made if table.rows]
+
+
+def by_model(rows: Rows) -> dict[str, dict[str, Values]]:
+    """Values by model and matrix."""
+    found: dict[str, dict[str, Values]] = {}
+    for row in rows:
+        model, colon, matrix = row.subject.rpartition(": ")
+        if not colon or not isinstance(row.value, int | float):
+            continue
+        values = found.setdefault(model, {}).setdefault(matrix, {})
+        values[row.name] = float(row.value)
+        if row.predicted is not None:
+            values[BOUND + row.name] = float(row.predicted)
+    return found
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Rank correlation; None for too few values, or where one side does not vary."""
+    from scipy import stats
+
+    if len(first) < FEWEST or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return float(stats.spearmanr(first, second).statistic)
+
+
+def draw(figure: Figure, rows: Rows) -> None:
+    """Five measures against compressibility, compressibility against the model's own answer, and three bounds."""
+    figure.set_size_inches(10, 9.5)
+    models = by_model(rows)
+    panels = figure.subplots(3, 3).flatten()
+    for axes, name in zip(panels, lab.MEASURES, strict=False):
+        _draw_measure(axes, models, name)
+    _draw_divergence(panels[5], models)
+    for axes, kept in zip(panels[6:], DRAWN_BOUNDS, strict=True):
+        _draw_bound(axes, models, kept)
+    if len(models) > 0:
+        panels[0].legend(frameon=False)
+
+
+def _removable(values: Values, kept: lab.Kept = MOST_OF_ENERGY) -> float:
+    return 1 - values[kept.name]
+
+
+def _agreement(models: dict[str, dict[str, Values]]) -> PlainTable:
+    answers: dict[str, Callable[[Values], float]] = {
+        f"{share} of the energy": lambda values, kept=kept: _removable(values, kept)  # type: ignore[misc]
+        for share, kept in ENERGIES.items()
+    }
+    answers["KL, half zeroed"] = lambda values: -values[lab.HALF]
+    lines = []
+    for model, matrices in models.items():
+        for measure, label in LABELS.items():
+            correlations = []
+            for name, answer in answers.items():
+                needs = {measure, lab.HALF} if name.startswith("KL") else {measure}
+                there = [values for values in matrices.values() if needs <= values.keys()]
+                found = spearman([values[measure] for values in there], [answer(values) for values in there])
+                correlations.append("–" if found is None else f"{found:+.2f}")
+            lines.append((model, label, str(len(matrices)), *correlations))
+    title = "Whether a measure orders matrices as they can be compressed (rank correlation, +1: always)"
+    return PlainTable(title, ("model", "measure", "matrices", *answers), tuple(lines))
+
+
+def _bounds(models: dict[str, dict[str, Values]]) -> PlainTable:
+    lines = []
+    for model, matrices in models.items():
+        for kept in lab.KEPT:
+            pairs = [(values[kept.name], values[BOUND + kept.name]) for values in matrices.values()]
+            needed, bound = (statistics.median(column) for column in zip(*pairs, strict=True))
+            ratios = [one / least for one, least in pairs]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            lines.append((model, _lost(kept), f"{kept.p:g}, {kept.q:g}", _percent(bound), _percent(needed), spread))
+    columns = ("model", "lost", "p, q", "must stay, at least", "must stay, counted", "counted over bound")
+    return PlainTable("Weights that must stay: the bound and the count (medians over matrices)", columns, tuple(lines))
+
+
+def _roles(model: str, matrices: dict[str, Values]) -> PlainTable:
+    by_role: dict[str, list[Values]] = {}
+    for name, values in matrices.items():
+        by_role.setdefault(lab.role_of(name), []).append(values)
+    measures = ["pq_index_0.5_1", "pq_index_1_2", "gini"]
+    lines = [
+        (
+            role,
+            str(len(group)),
+            *(f"{statistics.median(values[name] for values in group):.3f}" for name in measures),
+            _percent(statistics.median(values[MOST_OF_ENERGY.name] for values in group)),
+            _divergence(group),
+        )
+        for role, group in by_role.items()
+    ]
+    columns = ("matrix", "number", *(LABELS[name] for name in measures), "hold 99 % of the energy", "KL, half zeroed")
+    return PlainTable(f"{model}, medians", columns, tuple(lines))
+
+
+def _divergence(group: Sequence[Values]) -> str:
+    found = [values[lab.HALF] for values in group if lab.HALF in values]
+    return f"{statistics.median(found):.2g}" if found else "–"
+
+
+def _draw_measure(axes: Axes, models: dict[str, dict[str, Values]], name: str) -> None:
+    is_soft = name.startswith("soft")
+    for model, matrices in models.items():
+        x = [abs(values[name]) for values in matrices.values()]
+        axes.plot(x, [100 * _removable(values) for values in matrices.values()], ".", alpha=0.7, label=model)
+    if is_soft:
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+    axes.set_xlabel("$\\ell_{0.5} / \\ell_1$, sparser to the right" if is_soft else "sparsity")
+    axes.set_ylabel("99 % of energy without, % of weights")
+    axes.set_title(LABELS[name])
+
+
+def _draw_divergence(axes: Axes, models: dict[str, dict[str, Values]]) -> None:
+    for matrices in models.values():
+        there = [values for values in matrices.values() if values.get(lab.HALF, 0) > 0]
+        x = [100 * _removable(values) for values in there]
+        axes.plot(x, [values[lab.HALF] for values in there], ".", alpha=0.7)
+        if there:
+            axes.set_yscale("log")
+    axes.set_xlabel("99 % of energy without, % of weights")
+    axes.set_ylabel("KL, its smaller half zeroed, nats")
+    axes.set_title("What the model makes of it")
+
+
+def _draw_bound(axes: Axes, models: dict[str, dict[str, Values]], kept: lab.Kept) -> None:
+    for matrices in models.values():
+        bound = [100 * values[BOUND + kept.name] for values in matrices.values()]
+        axes.plot(bound, [100 * values[kept.name] for values in matrices.values()], ".", alpha=0.7)
+    axes.plot([0, 100], [0, 100], "-", color="0.5", linewidth=0.8, zorder=0)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 100)
+    axes.set_xlabel(f"must stay by the bound of {kept.p:g}, {kept.q:g}, %")
+    axes.set_ylabel("must stay, counted, %")
+    axes.set_title(f"{_lost(kept)} lost")
+
+
+def _lost(kept: lab.Kept) -> str:
+    what = {0.5: "the roots", 1: "the magnitudes", 2: "the energy"}[kept.p]
+    return f"{100 * kept.lost:g} % of {what}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
