@@ -183,7 +183,7 @@ def sparsity(
 
       packlight lab sparsity org/name --blocks 8 --tokens 0 --out build/lab/wide
     """
-    from packlight.lab.sparsity_figures import draw, tables
+    from packlight.lab.sparsity_figures import contradictions_table, draw, tables
     from packlight.lab.sparsity_study import run
     from packlight.lab.study import Study
 
@@ -191,13 +191,13 @@ def sparsity(
     with progress(quiet) as shown:
         run(study, model, blocks, tokens, quick, threads, shown)
     shown_tables = tables(study.rows)
-    study.finish(shown_tables, lambda figure: draw(figure, study.rows))
+    study.finish([*shown_tables, contradictions_table(study.rows)], lambda figure: draw(figure, study.rows))
     if json:
         print_json({"out": str(study.out), "rows": _rows(study.rows)})
         return
     for table in shown_tables:
         print(table.text())
-    print(f"rows, tables and plot: {study.out}")
+    print(f"rows, tables with every contradiction, and plot: {study.out}")
 
 
 def _rows(rows: Any) -> list[dict[str, Any]]:

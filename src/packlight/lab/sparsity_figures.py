@@ -60,12 +60,15 @@ def contradictions_table(rows: Rows) -> PlainTable:
 
 
 def tables(rows: Rows) -> list[PlainTable]:
-    """All tables; what was not measured is left out."""
-    made = [properties_table(rows), contradictions_table(rows)]
+    """All tables but the contradictions; what was not measured is left out."""
+    return [table for table in (properties_table(rows), *matrix_tables(rows)) if table.rows]
+
+
+def matrix_tables(rows: Rows) -> list[PlainTable]:
+    """What was measured on models: sparsity against compressibility, the bound, medians by what a matrix does."""
     models = by_model(rows)
-    made += [_agreement(models), _bounds(models)]
-    made += [_roles(model, matrices) for model, matrices in models.items()]
-    return [table for table in made if table.rows]
+    roles = [_roles(model, matrices) for model, matrices in models.items()]
+    return [table for table in (_agreement(models), _bounds(models), *roles) if table.rows]
 
 
 def by_model(rows: Rows) -> dict[str, dict[str, Values]]:

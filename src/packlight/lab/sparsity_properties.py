@@ -133,11 +133,11 @@ _KINDS: Sequence[Callable[[random.Random], Vector]] = (
 
 
 def _robin_hood(measure: Measure, w: Vector, chance: random.Random) -> str | None:
-    rich, poor = chance.sample(range(len(w)), 2)
-    if w[rich] == w[poor]:
+    levels = sorted(set(w))
+    if len(levels) == 1:
         return None
-    if w[rich] < w[poor]:
-        rich, poor = poor, rich
+    # Levels, not places: of a few large entries over many small ones, two large ones are then often chosen.
+    rich, poor = (w.index(level) for level in sorted(chance.sample(levels, 2), reverse=True))
     moved = (w[rich] - w[poor]) * chance.choice([0.1, 0.25, 0.4])
     after = list(w)
     after[rich] -= moved

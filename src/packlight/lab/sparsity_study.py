@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WINDOW = 128
 """Tokens of text per window that the divergence is measured on."""
 MODEL = "model_sha256"
-QUICK_TRIALS, QUICK_BLOCKS = 100, 2
+QUICK_TRIALS, QUICK_BLOCKS = 300, 2
 
 
 def run(

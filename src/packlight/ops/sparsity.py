@@ -1,6 +1,6 @@
 """How sparse a vector is: one number for how unequal its magnitudes are, and what that says about pruning it.
 
-Every function takes a tensor of any float dtype and looks at its last axis, shape (..., d) -> (...); flatten a matrix to
+Every function takes a tensor of a float dtype and looks at its last axis, shape (..., d) -> (...); flatten a matrix to
 look at it as a whole. Results are float64 whatever came in. Magnitudes are divided by their largest before they are
 raised to a power, and means of powers are kept as logarithms, so that neither scale nor order overflows; powers are
 taken in parts, so that a float64 copy of a large tensor is never made. A vector of zeros has equal magnitudes like any
