@@ -16,7 +16,8 @@ Matrices are read one at a time, and are in float64 in parts alone; only for the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ from packlight.checkpoint.packed import packed_names, read_quantized
 from packlight.checkpoint.tensors import read_tensor
 from packlight.errors import CheckpointError, UsageError
 from packlight.evidence import Measurement
-from packlight.measure.quality import Reference, evaluate
+from packlight.measure.quality import Reference, evaluate, evaluate_reference
 from packlight.ops.sparsity import gini, hoyer, least_kept, num_needed, pq_index, soft_sparsity
 from packlight.spec import TensorSpec
 
@@ -130,19 +131,23 @@ def measured(checkpoint: Checkpoint, name: str, subject: str) -> Iterator[Measur
         yield Measurement(measure, float(of(w)), "1", subject, n=d)
 
 
+def dense_reference(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> Reference:
+    """The model as it is, with a head of its own: the model's head may be the next matrix that is zeroed."""
+    _, reference = evaluate_reference(model, windows, lambda: None)
+    return replace(reference, head=deepcopy(reference.head))
+
+
 @torch.no_grad()
 def divergence(
     model: PreTrainedModel, name: str, windows: Sequence[Sequence[int]], reference: Reference, subject: str
 ) -> Measurement:
     """KL to the model itself while the smaller half of one matrix is zero; the model is as before afterwards.
 
-    The value is None where the matrix is not dense in the model.
+    The value is None where the model has no dense matrix of this name. `reference` is a `dense_reference`.
     """
     weight = model.state_dict(keep_vars=True).get(name)
     if not isinstance(weight, torch.nn.Parameter):
-        return Measurement(
-            HALF, None, "nats", subject, note="not measured: the matrix is packed, or under another name"
-        )
+        return Measurement(HALF, None, "nats", subject, note="not measured: no dense matrix of this name in the model")
     before = weight.detach().clone()
     try:
         # In place, so that a tied head changes with its embedding. By index: among equal ones exactly half must go.

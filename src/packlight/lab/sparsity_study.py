@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from packlight.checkpoint.open import Checkpoint, open_checkpoint, short_name
+from packlight.checkpoint.packed import packed_names
 from packlight.checkpoint.save import content_hash
 from packlight.errors import UsageError
 from packlight.evidence import Measurement
@@ -15,7 +16,6 @@ from packlight.lab import sparsity as lab
 from packlight.lab import sparsity_properties as properties
 from packlight.lab.study import Study
 from packlight.measure.bandwidth import hardware
-from packlight.measure.quality import evaluate_reference
 from packlight.pipeline import Yardstick, evaluation_windows
 from packlight.runtime.load import load_model
 
@@ -60,7 +60,9 @@ def run(
         subject = subject_of(name, tensor.name)
         study.measure(lab.KEPT[0].name, subject, partial(lab.measured, checkpoint, tensor.name, subject))
         tick()
-    if windows:
+    if windows and packed_names(checkpoint.index):
+        watcher.say(f"{name} is quantized: what zeroing would do is measured on dense matrices only")
+    elif windows:
         watcher.say(f"text: {note}")
         _diverge(study, checkpoint, name, [tensor.name for tensor in matrices], windows, watcher)
 
@@ -78,7 +80,7 @@ def _diverge(
         return
     tick = watcher.stage("half of a matrix zeroed", len(left) + 1)
     model = load_model(checkpoint, "float32")
-    _, reference = evaluate_reference(model, windows, lambda: None)
+    reference = lab.dense_reference(model, windows)
     tick()
     for tensor in left:
         study.ledger.add([lab.divergence(model, tensor, windows, reference, subject_of(name, tensor))])
