@@ -9,20 +9,34 @@ from pathlib import Path
 import pytest
 
 from packlight.evidence import Measurement, read
-from packlight.lab import flash_attention_report, kv_cache_figures
+from packlight.lab import flash_attention_report, kv_cache_figures, sparsity_figures
 from packlight.plan.attention import BACKENDS
+from packlight.report.plain import PlainTable
 from packlight.report.table import markdown_by_subject, markdown_rows, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
-TABLE = re.compile(r"<!-- (table|subjects|rows|kv-cache|flash-attention): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def in_markdown(*tables: PlainTable) -> str:
+    """One below the other."""
+    return "\n".join(table.markdown() for table in tables)
+
+
+TABLE = re.compile(
+    r"<!-- (table|subjects|rows|kv-cache|flash-attention|sparsity-\w+): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL
+)
 WRITERS: dict[str, Callable[[list[Measurement]], str]] = {
     "table": markdown_table,
     "subjects": markdown_by_subject,
     "rows": markdown_rows,
-    "kv-cache": lambda rows: "\n".join(table.markdown() for table in kv_cache_figures.tables(rows)),
+    "kv-cache": lambda rows: in_markdown(*kv_cache_figures.tables(rows)),
     "flash-attention": flash_attention_report.markdown,
+    "sparsity-properties": lambda rows: in_markdown(
+        sparsity_figures.properties_table(rows), sparsity_figures.contradictions_table(rows)
+    ),
+    "sparsity-matrices": lambda rows: in_markdown(*sparsity_figures.matrix_tables(rows)),
 }
 
 

@@ -194,7 +194,7 @@ def test_the_same_command_measures_nothing_again(study: Path, tiny_model_dir: Ca
 
 def test_the_plot_and_the_tables_are_there(study: Path) -> None:
     drawn, text = (study / "plot.svg").read_text(), (study / "tables.md").read_text()
-    for words in ("PQ Index 0.5, 1", "must stay, counted", "KL, its smaller half zeroed", "tied"):
+    for words in ("PQ Index 0.5, 1", "must stay, counted", "KL, smaller half zeroed", "tied"):
         assert words in drawn
     for words in ("| Hoyer | yes | yes | yes | no | yes |", "**tied, medians**", "| up_proj | 2 |", "Contradictions"):
         assert words in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packlight.evidence import Measurement
 from packlight.lab import sparsity as lab
@@ -30,6 +30,7 @@ LABELS = {
     "hoyer": "Hoyer",
     "soft_sparsity_0.5": "soft sparsity 0.5",
 }
+LAST_OF_ENERGY = "weights in last 1 % of energy, %"
 FEWEST = 3
 """Matrices for which a rank correlation is given."""
 
@@ -104,7 +105,7 @@ def draw(figure: Figure, rows: Rows) -> None:
     _draw_divergence(panels[5], models)
     for axes, kept in zip(panels[6:], DRAWN_BOUNDS, strict=True):
         _draw_bound(axes, models, kept)
-    if len(models) > 0:
+    if models:
         panels[0].legend(frameon=False)
 
 
@@ -171,39 +172,44 @@ def _divergence(group: Sequence[Values]) -> str:
 
 def _draw_measure(axes: Axes, models: dict[str, dict[str, Values]], name: str) -> None:
     is_soft = name.startswith("soft")
-    for model, matrices in models.items():
+    for place, (model, matrices) in enumerate(models.items()):
         x = [abs(values[name]) for values in matrices.values()]
-        axes.plot(x, [100 * _removable(values) for values in matrices.values()], ".", alpha=0.7, label=model)
-    if is_soft:
+        axes.plot(x, [100 * _removable(values) for values in matrices.values()], **_style(place), label=model)
+    if is_soft and models:
         axes.set_xscale("log")
         axes.invert_xaxis()
-    axes.set_xlabel("$\\ell_{0.5} / \\ell_1$, sparser to the right" if is_soft else "sparsity")
-    axes.set_ylabel("99 % of energy without, % of weights")
+    axes.set_xlabel("l0.5 / l1, sparser to the right" if is_soft else "sparsity")
+    axes.set_ylabel(LAST_OF_ENERGY)
     axes.set_title(LABELS[name])
 
 
 def _draw_divergence(axes: Axes, models: dict[str, dict[str, Values]]) -> None:
-    for matrices in models.values():
+    for place, matrices in enumerate(models.values()):
         there = [values for values in matrices.values() if values.get(lab.HALF, 0) > 0]
         x = [100 * _removable(values) for values in there]
-        axes.plot(x, [values[lab.HALF] for values in there], ".", alpha=0.7)
+        axes.plot(x, [values[lab.HALF] for values in there], **_style(place))
         if there:
             axes.set_yscale("log")
-    axes.set_xlabel("99 % of energy without, % of weights")
-    axes.set_ylabel("KL, its smaller half zeroed, nats")
+    axes.set_xlabel(LAST_OF_ENERGY)
+    axes.set_ylabel("KL, smaller half zeroed, nats")
     axes.set_title("What the model makes of it")
 
 
 def _draw_bound(axes: Axes, models: dict[str, dict[str, Values]], kept: lab.Kept) -> None:
-    for matrices in models.values():
+    for place, matrices in enumerate(models.values()):
         bound = [100 * values[BOUND + kept.name] for values in matrices.values()]
-        axes.plot(bound, [100 * values[kept.name] for values in matrices.values()], ".", alpha=0.7)
+        axes.plot(bound, [100 * values[kept.name] for values in matrices.values()], **_style(place))
     axes.plot([0, 100], [0, 100], "-", color="0.5", linewidth=0.8, zorder=0)
+    axes.text(98, 4, "no matrix can lie here", ha="right", color="0.4")
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 100)
     axes.set_xlabel(f"must stay by the bound of {kept.p:g}, {kept.q:g}, %")
     axes.set_ylabel("must stay, counted, %")
     axes.set_title(f"{_lost(kept)} lost")
+
+
+def _style(place: int) -> dict[str, Any]:
+    return {"linestyle": "", "marker": "o^svD"[place % 5], "markersize": 3.5, "alpha": 0.6, "markeredgewidth": 0}
 
 
 def _lost(kept: lab.Kept) -> str:
