@@ -17,9 +17,17 @@ from packlight.errors import CheckpointError, UsageError
 from packlight.evidence import Measurement, read
 from packlight.lab import sparsity as lab
 from packlight.lab import sparsity_properties as properties
-from packlight.lab.sparsity_figures import by_model, contradictions_table, draw, properties_table, spearman, tables
+from packlight.lab.sparsity_figures import (
+    by_model,
+    contradictions_table,
+    draw,
+    gaussian,
+    properties_table,
+    spearman,
+    tables,
+)
 from packlight.measure.quality import evaluate
-from packlight.ops.sparsity import gini, pq_index, tail_ratio
+from packlight.ops.sparsity import gini, num_needed, pq_index, tail_ratio
 from packlight.runtime.load import load_model
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -258,6 +266,15 @@ def test_rank_correlation_needs_numbers_that_vary() -> None:
     assert spearman([1, 2, 3, 4], [5, 4, 2, 1]) == pytest.approx(-1)
     assert spearman([1, 2], [1, 2]) is None
     assert spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_gaussian_numbers_have_what_is_said_of_them() -> None:
+    w = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
+    known = gaussian()
+    for name in ("pq_index_0.5_1", "pq_index_1_2", "gini", "hoyer"):
+        assert float(lab.MEASURES[name](w)) == pytest.approx(known[name], abs=2e-3)
+    kept = lab.KEPT[-1]
+    assert int(num_needed(w, kept.lost, kept.p)) / len(w) == pytest.approx(known[kept.name], abs=2e-3)
 
 
 def test_nothing_measured_draws_an_empty_plot() -> None:

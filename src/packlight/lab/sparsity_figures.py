@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,22 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     return float(stats.spearmanr(first, second).statistic)
 
 
+def gaussian() -> Values:
+    """What a matrix of independent Gaussian numbers, infinitely large, has: sparsity and the share that is kept."""
+    from scipy import stats
+
+    half, one = (2 ** (p / 2) * math.gamma((p + 1) / 2) / math.sqrt(math.pi) for p in (0.5, 1.0))  # mean |x|^p
+    # x^2 weighted by itself is chi-squared with 3 degrees of freedom: up to here lies the energy that is lost.
+    square = stats.chi2.ppf(MOST_OF_ENERGY.lost, 3)
+    return {
+        "pq_index_0.5_1": 1 - half**2 / one,
+        "pq_index_1_2": 1 - one,
+        "gini": math.sqrt(2) - 1,
+        "hoyer": 1 - one,
+        MOST_OF_ENERGY.name: float(1 - stats.chi2.cdf(square, 1)),
+    }
+
+
 def draw(figure: Figure, rows: Rows) -> None:
     """Five measures against compressibility, compressibility against the model's own answer, and three bounds."""
     figure.set_size_inches(10, 9.5)
@@ -105,8 +122,7 @@ def draw(figure: Figure, rows: Rows) -> None:
     _draw_divergence(panels[5], models)
     for axes, kept in zip(panels[6:], DRAWN_BOUNDS, strict=True):
         _draw_bound(axes, models, kept)
-    if models:
-        panels[0].legend(frameon=False)
+    panels[0].legend(frameon=False)
 
 
 def _removable(values: Values, kept: lab.Kept = MOST_OF_ENERGY) -> float:
@@ -161,6 +177,9 @@ def _roles(model: str, matrices: dict[str, Values]) -> PlainTable:
         )
         for role, group in by_role.items()
     ]
+    normal = gaussian()
+    known = (f"{normal[name]:.3f}" for name in measures)
+    lines.append(("Gaussian numbers", "", *known, _percent(normal[MOST_OF_ENERGY.name]), ""))
     columns = ("matrix", "number", *(LABELS[name] for name in measures), "hold 99 % of the energy", "KL, half zeroed")
     return PlainTable(f"{model}, medians", columns, tuple(lines))
 
@@ -175,7 +194,10 @@ def _draw_measure(axes: Axes, models: dict[str, dict[str, Values]], name: str) -
     for place, (model, matrices) in enumerate(models.items()):
         x = [abs(values[name]) for values in matrices.values()]
         axes.plot(x, [100 * _removable(values) for values in matrices.values()], **_style(place), label=model)
-    if is_soft and models:
+    if not is_soft:
+        normal = gaussian()
+        axes.plot(normal[name], 100 * _removable(normal), "k+", markersize=9, label="Gaussian numbers")
+    elif models:
         axes.set_xscale("log")
         axes.invert_xaxis()
     axes.set_xlabel("l0.5 / l1, sparser to the right" if is_soft else "sparsity")
