@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from packlight.evidence import Measurement
@@ -130,23 +130,37 @@ def _removable(values: Values, kept: lab.Kept = MOST_OF_ENERGY) -> float:
 
 
 def _agreement(models: dict[str, dict[str, Values]]) -> PlainTable:
-    answers: dict[str, Callable[[Values], float]] = {
-        f"{share} of the energy": lambda values, kept=kept: _removable(values, kept)  # type: ignore[misc]
-        for share, kept in ENERGIES.items()
-    }
-    answers["KL, half zeroed"] = lambda values: -values[lab.HALF]
     lines = []
     for model, matrices in models.items():
         for measure, label in LABELS.items():
-            correlations = []
-            for name, answer in answers.items():
-                needs = {measure, lab.HALF} if name.startswith("KL") else {measure}
-                there = [values for values in matrices.values() if needs <= values.keys()]
-                found = spearman([values[measure] for values in there], [answer(values) for values in there])
-                correlations.append("–" if found is None else f"{found:+.2f}")
-            lines.append((model, label, str(len(matrices)), *correlations))
+            energies = [_correlation(matrices.values(), measure, kept.name) for kept in ENERGIES.values()]
+            answers = [*energies, _correlation(matrices.values(), measure, lab.HALF), _within_roles(matrices, measure)]
+            lines.append(
+                (model, label, str(len(matrices)), *("–" if one is None else f"{one:+.2f}" for one in answers))
+            )
     title = "Whether a measure orders matrices as they can be compressed (rank correlation, +1: always)"
-    return PlainTable(title, ("model", "measure", "matrices", *answers), tuple(lines))
+    answers_named = (*(f"{share} of energy" for share in ENERGIES), "KL, half zeroed", "KL, within a role")
+    return PlainTable(title, ("model", "measure", "matrices", *answers_named), tuple(lines))
+
+
+def _correlation(matrices: Iterable[Values], measure: str, answer: str) -> float | None:
+    """Of sparsity with an answer that is small where much can go."""
+    there = [values for values in matrices if {measure, answer} <= values.keys()]
+    return spearman([values[measure] for values in there], [-values[answer] for values in there])
+
+
+def _within_roles(matrices: dict[str, Values], measure: str) -> float | None:
+    """With the divergence, among matrices that do the same in different blocks; the mean over what they do."""
+    found = [_correlation(group, measure, lab.HALF) for group in _by_role(matrices).values()]
+    known = [one for one in found if one is not None]
+    return statistics.mean(known) if known else None
+
+
+def _by_role(matrices: dict[str, Values]) -> dict[str, list[Values]]:
+    groups: dict[str, list[Values]] = {}
+    for name, values in matrices.items():
+        groups.setdefault(lab.role_of(name), []).append(values)
+    return groups
 
 
 def _bounds(models: dict[str, dict[str, Values]]) -> PlainTable:
@@ -163,9 +177,6 @@ def _bounds(models: dict[str, dict[str, Values]]) -> PlainTable:
 
 
 def _roles(model: str, matrices: dict[str, Values]) -> PlainTable:
-    by_role: dict[str, list[Values]] = {}
-    for name, values in matrices.items():
-        by_role.setdefault(lab.role_of(name), []).append(values)
     measures = ["pq_index_0.5_1", "pq_index_1_2", "gini"]
     lines = [
         (
@@ -175,7 +186,7 @@ def _roles(model: str, matrices: dict[str, Values]) -> PlainTable:
             _percent(statistics.median(values[MOST_OF_ENERGY.name] for values in group)),
             _divergence(group),
         )
-        for role, group in by_role.items()
+        for role, group in _by_role(matrices).items()
     ]
     normal = gaussian()
     known = (f"{normal[name]:.3f}" for name in measures)
