@@ -1,14 +1,16 @@
-"""What half of the weights is worth: magnitude, Wanda and SparseGPT side by side.
+"""What half of the weights is worth: magnitude, Wanda and SparseGPT side by side; and what whole structures are.
 
     python benchmarks/pruning.py [MODEL] [--name NAME] [--data FILE] [--calibration FILE] [--windows 64] [--window 256]
-                                 [--tokens 16384] [--only WORD...] [--speed] [--ledger evidence/pruning.jsonl]
+                                 [--tokens 16384] [--structured] [--only WORD...] [--speed]
+                                 [--ledger evidence/pruning.jsonl]
 
 MODEL is `demo` and the texts are the bundled ones where they are not given; `--calibration self` calibrates on text
 that the model made up, and `--data self` tests on such text of another seed: for a model of children's stories, whose
 perplexity on an encyclopedia says little. Every subject is one artifact, made in float32 and stored without its zeros,
-under build/pruning; one that is there is not made again. Perplexity and KL divergence to the original are measured on
-the same windows for all. `--speed` measures memory and decode speed of the original and of the pruned model in turns,
-three times, each in a process of its own. The last line of stdout is one JSON object.
+under build/pruning; one that is there is not made again. `--structured` takes whole blocks and MLP channels out
+instead, a fifth and two fifths of them, in the dtype of the original. Perplexity and KL divergence to the original are
+measured on the same windows for all. `--speed` measures memory and decode speed of the original and of the pruned model
+in turns, three times, each in a process of its own. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +38,6 @@ from packlight.pipeline import Silent, Yardstick, evaluation_windows, quantize
 from packlight.plan.layout import artifact_bytes
 from packlight.runtime.complete import sample_windows
 from packlight.runtime.load import load_model
-from packlight.spec import Precision
 
 WORK = Path("build/pruning")
 DTYPE = "float32"
@@ -49,6 +51,19 @@ HALF = [
     {"method": "sparsegpt", "scope": "2:4"},
 ]
 """Every subject has half of its weights left, counted as each method was published, and by 2:4."""
+STRUCTURED = [
+    {"method": method, "sparsity": sparsity, **options}
+    for sparsity in (0.2, 0.4)
+    for method, options in (
+        ("blocks", {}),
+        ("flap", {"score": "wanda", "repair": "none"}),
+        ("flap", {"repair": "none"}),
+        ("flap", {"repair": "bias"}),
+        ("flap", {"repair": "least-squares"}),
+        ("flap", {"repair": "affine"}),
+    )
+]
+"""Whole blocks, and channels by two scores and with every repair."""
 ANOTHER_SEED = 1
 """Calibration text that a model makes up is drawn with seed 0."""
 TURNS = 3
@@ -63,6 +78,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--structured", action="store_true", help="blocks and channels instead of half the weights")
     parser.add_argument("--only", nargs="+", default=[""], help="subjects whose name holds one of these")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--ledger", type=Path)
@@ -84,8 +100,8 @@ def main() -> None:
     quality, reference = evaluate_reference(load_model(checkpoint), cut, lambda: None)
     keep(quality.rows(f"{name} on {on}: original", note))
     print(f"{name} on {on}: original: {quality.perplexity:.3f}", flush=True)
-    for options in HALF:
-        subject = f"{name} on {on}: {options['method']} {options['scope']}"
+    for options in STRUCTURED if given.structured else HALF:
+        subject = f"{name} on {on}: {called(options)}"
         if not any(word in subject for word in given.only):
             continue
         if options["method"] != "magnitude":
@@ -98,6 +114,14 @@ def main() -> None:
         if given.speed:
             keep(in_turns(checkpoint, out, f"{name}: original", subject, given.window))
     print(json.dumps(table))
+
+
+def called(options: dict[str, Any]) -> str:
+    """A method as a subject names it: `wanda 2:4`, `flap 20% wanda none`."""
+    if "scope" in options:
+        return f"{options['method']} {options['scope']}"
+    rest = [str(value) for name, value in options.items() if name not in ("method", "sparsity")]
+    return " ".join([options["method"], f"{100 * options['sparsity']:g}%", *rest])
 
 
 def words(given: str | None, default: str) -> str:
@@ -118,19 +142,21 @@ def test_windows(checkpoint: Checkpoint, data: str | None, window: int, tokens: 
 
 
 def made(
-    checkpoint: Checkpoint, model: str, out: Path, options: dict[str, str], text: CalibrationText, subject: str
+    checkpoint: Checkpoint, model: str, out: Path, options: dict[str, Any], text: CalibrationText, subject: str
 ) -> list[Measurement]:
-    """Make one artifact, if it is not there; its sparsity, and its bytes beside the planned ones and the dense ones."""
-    step = build({**options, "dtype": DTYPE, "storage": "bitmask"})
+    """Make one artifact, if it is not there; how much of it is gone, and its bytes beside the planned ones and those of
+    the whole model."""
+    stored = {"dtype": DTYPE, "storage": "bitmask"} if "scope" in options else {"dtype": checkpoint.spec.dtype}
+    step = build({**options, **stored})
     if needs_counts(step):
         step = counted(step, checkpoint, lambda: None)
     if not out.exists():
         quantize(model, out, step, Silent(), calibration=text)
     packed, spec = open_checkpoint(out), checkpoint.spec
-    rows = [replace(row, subject=subject) for row in step.measure(spec, packed) if row.name == "sparsity"]
-    planned = artifact_bytes(spec, step.precision)
+    shown = ("sparsity", "dense_bytes", "removed", "whole_bytes")
+    rows = [replace(row, subject=subject) for row in step.measure(spec, packed) if row.name in shown]
+    planned = artifact_bytes(step.reshaped(spec), step.precision)
     rows.append(Measurement("disk_bytes", disk_size(packed), "bytes", subject, predicted=planned))
-    rows.append(Measurement("dense_bytes", artifact_bytes(spec, Precision(DTYPE)), "bytes", subject))
     return rows
 
 

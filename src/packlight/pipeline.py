@@ -1,9 +1,9 @@
 """The way: open -> plan -> measure -> compress -> measure -> save -> prove. Read this first.
 
 This is the only file that knows the order of the rooms. `fit` goes the whole way from a budget; `quantize` goes it
-with a method that the user chose, `prune` with one that sets weights to zero; `evaluate` and `prove` are single
-stations of it. Every station appends its rows to the ledger of the job as they arrive, and a job that was cut short
-passes over the stations whose rows are there.
+with a method that the user chose, `prune` with one that sets weights to zero or takes structures out; `evaluate` and
+`prove` are single stations of it. Every station appends its rows to the ledger of the job as they arrive, and a job
+that was cut short passes over the stations whose rows are there.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from packlight.compress.choice import (
     step_options,
     weigh,
 )
+from packlight.compress.influence import INFLUENCES_NAME, known_influences
 from packlight.compress.prune.share import counted, needs_counts
 from packlight.compress.registry import build
 from packlight.compress.step import Step
@@ -258,7 +259,8 @@ def prune(
     calibration: CalibrationText | None = None,
     threads: int | None = None,
 ) -> Made:
-    """Set weights to zero, and say what that saved: bytes, peak memory and speed are measured before and after.
+    """Set weights to zero or take structures out, and say what that saved: bytes, peak memory and speed are measured
+    before and after.
 
     Zeros of a global count are shared out among the matrices first; `evaluate` measures quality.
 
@@ -275,15 +277,10 @@ def prune(
         compress.check_modules(checkpoint, step.precision)
         step = counted(step, checkpoint, watcher.stage("how the matrices share the zeros", 2))
     compress.check(step, checkpoint)
-    spec = checkpoint.spec
-    dense = artifact_bytes(spec, Precision(step.precision.dtype))
-    budget = Budget(context=min(PRUNE_CONTEXT, spec.max_context))
+    budget = Budget(context=min(PRUNE_CONTEXT, checkpoint.spec.max_context))
     machine = find_hardware(threads, is_probed=False)
 
     def measure(packed: Checkpoint, ledger: Ledger) -> None:
-        if not ledger.has("dense_bytes", PACKED):
-            note = f"of the weight files in {step.precision.dtype} with every zero in them"
-            ledger.add([Measurement("dense_bytes", dense, "bytes", PACKED, note=note)])
         _measure_pair(checkpoint, packed, budget, machine, ledger, watcher)
 
     return _apply_chosen(checkpoint, out, step, layout_of(step.precision), calibration, measure, watcher)
@@ -396,8 +393,9 @@ def _make(
 ) -> list[Measurement]:
     """Compress, write, measure, prove and publish; returns the ledger's rows."""
     spec, precision = checkpoint.spec, step.precision
+    result = step.reshaped(spec)
     recipe = {**request, "steps": [step.to_dict()]}
-    needed = 2 * disk_bytes(spec, precision, layout).total + SPARE_BYTES
+    needed = 2 * disk_bytes(result, precision, layout).total + SPARE_BYTES
     if text is not None and text.size.on_disk:
         needed += stream_bytes(spec, text.size)
     with save.job(out, recipe, needed) as work:
@@ -407,7 +405,7 @@ def _make(
         if not ledger.has("disk_bytes", PACKED):
             ledger.add(size_rows(checkpoint, ORIGINAL))
             ledger.add(step.measure(spec, packed))
-            ledger.add(size_rows(packed, PACKED, artifact_bytes(spec, precision, layout)))
+            ledger.add(size_rows(packed, PACKED, artifact_bytes(result, precision, layout)))
         measure(packed, ledger)
         if not ledger.has("proof_runtime_kl", PACKED):
             tick = watcher.stage("proving the artifact in fresh processes", 1)
@@ -458,8 +456,9 @@ def _compress(
             if not ledger.has(row.name, row.subject):
                 ledger.add([row])
             tick()
-    stored = tensor_layout(checkpoint.spec, step.precision, layout)
-    config = save.artifact_config(checkpoint.config, checkpoint.spec, step.precision, layout)
+    stored = tensor_layout(step.reshaped(checkpoint.spec), step.precision, layout)
+    reconfigured = step.reconfigured(checkpoint.config, compress.removed_blocks(work.blocks))
+    config = save.artifact_config(reconfigured, checkpoint.spec, step.precision, layout)
     save.write_artifact(work, checkpoint, stored, compress.block_reader(work.blocks), config, recipe)
     assert result.proof_logits is not None
     if is_fresh:  # a job that goes on did only a part of the work
@@ -488,6 +487,10 @@ def _calibration(step: Step, text: Prepared, work: save.Job, ledger: Ledger, wat
     calibration, row = text.ready(work.partial, tick)
     if not ledger.has(row.name, PACKED):
         ledger.add([row])
+    if step.reading is not None and step.reading.ranks_blocks:
+        start = partial(watcher.stage, "what each block does to the text")
+        found = known_influences(text.checkpoint, calibration, work.partial / INFLUENCES_NAME, start)
+        return replace(calibration, influences=found)
     if step.reading is None or not step.reading.weighs_tokens:
         return calibration
     start = partial(watcher.stage, "which tokens matter to which matrix")

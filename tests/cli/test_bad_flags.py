@@ -69,7 +69,7 @@ def test_quantize(flags: list[str], tiny: Path, out: Path, tmp_path: Path) -> No
         (["--scope", "2:5"], "2:5 does not divide a row of 128"),
         (["--scope", "global"], "sparsegpt counts zeros by layer, row or N:M, not global"),
         (["--method", "wanda", "--scope", "global"], "wanda counts zeros by layer, row or N:M"),
-        (["--method", "rtn"], "there is no pruning method 'rtn': choose one of magnitude, wanda, sparsegpt"),
+        (["--method", "rtn"], "there is no pruning method 'rtn': choose one of magnitude, wanda, sparsegpt, blocks"),
         (["--storage", "zip"], "storage is dense or bitmask, not 'zip'"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--option", "damping=0"], "damping is above 0"),
@@ -80,13 +80,25 @@ def test_quantize(flags: list[str], tiny: Path, out: Path, tmp_path: Path) -> No
         (["--method", "magnitude", "--data", "nowhere.txt"], "there is no text file nowhere.txt"),
         (["--data", "nowhere.txt"], "there is no text file nowhere.txt"),
         (["--windows", "0"], "--windows"),
+        (["--method", "blocks", "--scope", "row"], "blocks takes no --scope"),
+        (["--method", "flap", "--storage", "bitmask"], "flap takes no --storage"),
+        (["--method", "blocks", "--sparsity", "0.1"], "is less than half a block: ask for a sparsity of 0.5 or more"),
+        (["--method", "blocks", "--sparsity", "0.9"], "leaves none: ask for a sparsity of 0.5 or less"),
+        (["--method", "blocks", "--sparsity", "nan"], "from 0 to below 1, not nan"),
+        (["--method", "flap", "--sparsity", "1"], "from 0 to below 1, not 1"),
+        (["--method", "flap", "--sparsity", "0.99"], "in multiples of 8 is all of them: ask for less"),
+        (["--method", "flap", "--option", "multiple=64"], "in multiples of 64 is none: ask for more"),
+        (["--method", "flap", "--option", "repair=glue"], "repair is bias or least-squares or affine or none"),
+        (["--method", "flap", "--option", "score=size"], "score is fluctuation or wanda"),
+        (["--method", "flap", "--option", "multiple=0"], "at least one channel"),
+        (["--method", "flap", "--option", "damping=0"], "damping is above 0"),
     ],
 )
 def test_prune(flags: list[str], says: str, tiny: Path, out: Path, tmp_path: Path) -> None:
     assert_refused(["prune", tiny, "-q", "--out", out, *flags], tmp_path, says=says)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "blocks", "flap"])
 def test_quantize_sends_pruning_to_its_verb(method: str, tiny: Path, out: Path, tmp_path: Path) -> None:
     assert_refused(["quantize", tiny, "--method", method, "--out", out], tmp_path, says="use packlight prune")
     assert_refused(["fit", tiny, "--method", method, "--out", out, *FIT], tmp_path, says="puts no weight on a grid")

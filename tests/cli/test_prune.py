@@ -57,6 +57,25 @@ def test_the_same_request_again_does_nothing(tiny: Path, out: Path) -> None:
     assert {row.subject for row in read(out / LEDGER_NAME) if row.name == "decode_tps"} == {"original", "packed"}
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("blocks", "1 of 2 blocks"), ("flap", "24 of the 128 channels of every MLP")],
+)
+def test_what_was_removed_is_said_with_what_it_saved(method: str, words: str, tiny: Path, out: Path) -> None:
+    ended = call("prune", tiny, "--method", method, "--windows", 2, "--window", 32, "--out", out, "--json", "-q")
+    assert ended.code == 0, ended.err
+    said = json.loads(ended.out)
+    rows = {row["name"]: row for row in said["rows"] if row["subject"] == "packed"}
+    assert rows["disk_bytes"]["value"] == rows["disk_bytes"]["predicted"] < rows["whole_bytes"]["value"]
+    assert 0 < rows["removed"]["value"] == rows["removed"]["predicted"]
+    assert f"of all parameters are gone ({words}): the weight files have" in said["removed"]
+    assert "Measured on this machine beside the original as it is stored: peak memory" in said["removed"]
+    assert "tokens/s instead of" in said["removed"]
+    card = (out / "README.md").read_text()
+    assert words in card and "Measured on this machine" not in card and "import packlight" not in card
+    assert said["removed"] in call("report", out, "--json").out
+
+
 @pytest.mark.slow
 def test_the_whole_way_with_its_proof(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing stands in: fresh processes load the artifact, without its zeros, as the model that was computed."""
@@ -68,4 +87,19 @@ def test_the_whole_way_with_its_proof(tiny: Path, tmp_path: Path, monkeypatch: p
     rows = {row.name: row for row in read(out / LEDGER_NAME) if row.subject == "packed"}
     assert {"proof_runtime_kl", "proof_tensors", "proof_transformers_kl"} <= rows.keys()
     assert "with packlight imported" in str(rows["proof_transformers_kl"].note)
+    assert call("prove", out, "--json").code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["blocks", "flap"])
+def test_a_smaller_model_is_proved_in_stock_transformers(
+    method: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    out = tmp_path / "whole"
+    ended = call("prune", tiny, "--method", method, "--windows", 2, "--window", 32, "--out", out, "-q")
+    assert ended.code == 0, ended.err
+    rows = {row.name: row for row in read(out / LEDGER_NAME) if row.subject == "packed"}
+    assert {"proof_runtime_kl", "proof_tensors", "proof_transformers_kl"} <= rows.keys()
+    assert "with packlight imported" not in str(rows["proof_transformers_kl"].note)
     assert call("prove", out, "--json").code == 0

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from packlight.checkpoint.open import Checkpoint, open_checkpoint
 from packlight.compress import run as compress
+from packlight.compress.influence import influences
 from packlight.compress.registry import METHODS, build, method_class
 from packlight.compress.step import Step
 from packlight.compress.sweep import guide, read_guide
@@ -51,6 +52,8 @@ def drive(step: Step, checkpoint: Checkpoint, work: Path, result: WalkResult) ->
         file = work.with_suffix(".guide")
         guide(checkpoint, calibration, file, lambda: None)
         calibration = dataclasses.replace(calibration, guide=read_guide(file))
+    if calibration is not None and step.reading is not None and step.reading.ranks_blocks:
+        calibration = dataclasses.replace(calibration, influences=influences(checkpoint, calibration, lambda: None))
     return compress.run(step, checkpoint, work, layout_of(step.precision), PROOF_IDS, calibration, result)
 
 
@@ -136,9 +139,10 @@ class StepContract:
         assert claim.peak_bytes > 0 and claim.minutes > 0
         artifact = open_checkpoint(make_artifact(original, tmp_path / "out", **step.to_dict()))
         assert claim.disk_bytes == sum(entry.nbytes for entry in artifact.index.values())
-        assert claim.disk_bytes == disk_bytes(spec, step.precision).total
+        result = step.reshaped(spec)
+        assert claim.disk_bytes == disk_bytes(result, step.precision).total
         stored = {name: (entry.dtype, entry.shape) for name, entry in artifact.index.items()}
-        assert stored == {part.name: (part.dtype, part.shape) for part in tensor_layout(spec, step.precision)}
+        assert stored == {part.name: (part.dtype, part.shape) for part in tensor_layout(result, step.precision)}
         rows = list(step.measure(spec, artifact))
         assert rows and all(row.value == row.predicted for row in rows if row.predicted is not None)
 

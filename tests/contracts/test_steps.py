@@ -18,6 +18,10 @@ OTHERS: list[dict[str, Any]] = [
     {"method": "magnitude", "sparsity": 0.7, "scope": "row", "storage": "bitmask"},
     {"method": "wanda", "scope": "2:4", "storage": "bitmask", "dtype": "float32"},
     {"method": "sparsegpt", "sparsity": 0.3, "scope": "row", "block_size": 24},
+    {"method": "blocks", "sparsity": 0.5, "dtype": "float32"},
+    {"method": "flap", "sparsity": 0.5, "score": "wanda", "repair": "affine", "dtype": "float32"},
+    {"method": "flap", "repair": "least-squares", "multiple": 24},
+    {"method": "flap", "repair": "none", "sparsity": 0.0},
 ]
 STEPS = [*({"method": name} for name in METHODS), *OTHERS]
 

@@ -139,6 +139,21 @@ def base_fields(config: Mapping[str, Any]) -> BaseFields:
     )
 
 
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with other values, in the `text_config` of a multimodal one.
+
+    Args:
+        changes: by transformers' name of the field, or by that of `BaseFields`: then under each of the family's names
+            for it that the config has.
+    """
+    nested = config.get("text_config")
+    text = dict(nested if isinstance(nested, Mapping) else config)
+    for field, value in changes.items():
+        names = _ALIASES.get(field, (field,))
+        text.update(dict.fromkeys([name for name in names if text.get(name) is not None] or names[:1], value))
+    return {**config, "text_config": text} if isinstance(nested, Mapping) else text
+
+
 def classify(name: str, shape: tuple[int, ...]) -> TensorKind:
     """What a tensor is to a quantizer, from its name in a checkpoint and its shape.
 

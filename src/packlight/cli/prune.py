@@ -1,4 +1,4 @@
-"""`packlight prune`: set weights to zero, and say what that saved."""
+"""`packlight prune`: set weights to zero or take structures out, and say what that saved."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from packlight.cli.output import print_json, print_rows, progress, rows_as_json
 from packlight.errors import UsageError
 from packlight.spec import FLOAT_DTYPES
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+ZEROS = ("magnitude", "wanda", "sparsegpt")
+"""Methods that set single weights to zero."""
+STRUCTURED = ("blocks", "flap")
+"""Methods whose result is a smaller model."""
+METHODS = (*ZEROS, *STRUCTURED)
 
 
 def prune(
     typed: typer.Context,
     model: options.Model,
     out: options.Out,
-    method: Annotated[str, typer.Option("--method", help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
+    method: Annotated[str, typer.Option("--method", help="magnitude, wanda, sparsegpt, blocks or flap.")] = "sparsegpt",
     sparsity: Annotated[
         float | None,
         typer.Option(
-            "--sparsity", help="Share of zeros in the matrices inside the blocks; default: 0.5, or what N:M implies."
+            "--sparsity",
+            help="Share of zeros in the matrices inside the blocks, of blocks, or of the channels of every MLP; "
+            "default: 0.5 or what N:M implies, 0.25 of the blocks, 0.2 of the channels.",
         ),
     ] = None,
     scope: Annotated[
@@ -61,10 +67,11 @@ def prune(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Set weights to zero block by block, prove the result, and measure bytes, memory and speed before and after.
+    """Set weights to zero or take whole structures out, prove the result, and measure bytes, memory and speed.
 
     Zeros in single places save nothing by themselves: dense storage and dense kernels treat them like other numbers.
-    With --storage bitmask the file leaves them out. How good the result still is, packlight eval says.
+    With --storage bitmask the file leaves them out. blocks and flap take whole blocks and channels out, and what is
+    left is a smaller dense model. How good the result still is, packlight eval says.
 
     [bold]Examples[/bold]
 
@@ -73,6 +80,8 @@ def prune(
       packlight prune demo --method wanda --scope 2:4 --storage bitmask --out build/2of4
 
       packlight prune demo --method magnitude --scope global --sparsity 0.3 --out build/small-ones-gone
+
+      packlight prune demo --method blocks --sparsity 0.1 --out build/27-of-30-blocks
     """
     if method not in METHODS:
         raise UsageError(f"there is no pruning method {method!r}: choose one of {', '.join(METHODS)}")
@@ -81,12 +90,16 @@ def prune(
     from packlight.compress.registry import build
     from packlight.measure.text import load_text
     from packlight.pipeline import prune as run
-    from packlight.report.sparsity import what_zeros_saved
+    from packlight.report.sparsity import sentences
 
     # The original's dtype unless another is asked for, so that what zeros save is told apart from what a cast saves.
     stored = read_spec(model).dtype
     dtype = dtype or (stored if stored in FLOAT_DTYPES else "float32")
-    given = {"sparsity": sparsity, "scope": scope, "storage": storage, "dtype": dtype}
+    given = {"sparsity": sparsity, "dtype": dtype}
+    if method in ZEROS:
+        given |= {"scope": scope, "storage": storage}
+    else:
+        options.refuse_typed(typed, method, ("scope", "storage"))
     given = {name: value for name, value in given.items() if value is not None}
     step = build({"method": method, **given, **options.parse_options(option or [])})
     text = CalibrationText(parse_data(data), windows, window)
@@ -97,9 +110,10 @@ def prune(
                 load_text(Path(data))
                 shown.say(f"{method} reads no text: --data is not used")
         made = run(model, out, step, shown, text, threads)
-    saved = what_zeros_saved(made.rows)
+    said = sentences(made.rows)
     if json:
-        print_json({"out": str(made.path), "rows": rows_as_json(made.rows), "zeros": saved})
+        print_json({"out": str(made.path), "rows": rows_as_json(made.rows), **said})
         return
     print_rows(made.rows, f"{model} -> {made.path}")
-    print(saved)
+    for sentence in said.values():
+        print(sentence)

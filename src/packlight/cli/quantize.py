@@ -14,7 +14,7 @@ from packlight.plan.layout import Layout
 
 DENSE = ("cast", "rotate")
 """Methods whose result is on no grid."""
-PRUNING = ("magnitude", "wanda", "sparsegpt")
+PRUNING = ("magnitude", "wanda", "sparsegpt", "blocks", "flap")
 """Methods of another verb."""
 GRID_FLAGS = ("bits", "group_size", "symmetric", "embeddings", "scale_bits", "clip")
 
@@ -76,7 +76,7 @@ def quantize(
     """
     group = options.parse_group(group_size)
     if method in PRUNING:
-        raise UsageError(f"{method} sets weights to zero and puts none on a grid: use packlight prune")
+        raise UsageError(f"{method} prunes and puts no weight on a grid: use packlight prune")
     if method in DENSE:
         options.refuse_typed(typed, method, (*GRID_FLAGS, "layout"))
     if layout not in (None, *get_args(Layout)):

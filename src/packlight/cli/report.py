@@ -26,7 +26,7 @@ def report(
       packlight report build/demo --markdown
     """
     from packlight.evidence import LEDGER_NAME, read
-    from packlight.report.sparsity import what_zeros_saved
+    from packlight.report.sparsity import sentences
 
     try:
         rows = read(directory / LEDGER_NAME)
@@ -34,22 +34,22 @@ def report(
         raise CheckpointError(f"{directory / LEDGER_NAME} is damaged ({error}): make the artifact again") from error
     if not rows:
         raise CheckpointError(f"{directory} holds no {LEDGER_NAME}: give an artifact that packlight saved")
-    zeros = what_zeros_saved(rows)
+    said = sentences(rows)
     if json:
         first = rows[0]
         machine = {"command": first.command, "commit": first.commit, "environment": dict(first.environment)}
-        said = {} if zeros is None else {"zeros": zeros}
         print_json({"artifact": str(directory), **machine, "rows": rows_as_json(rows), **said})
         return
     if markdown:
         from packlight.report.table import markdown_table
 
         print(markdown_table(rows), end="")
-        print("" if zeros is None else f"\n{zeros}\n", end="")
+        for sentence in said.values():
+            print(f"\n{sentence}")
         return
     print_rows(rows, str(directory))
-    if zeros is not None:
-        print(zeros)
+    for sentence in said.values():
+        print(sentence)
     text = next((row.note for row in rows if row.name == "perplexity"), None)
     if text:
         print(f"text: {text}")

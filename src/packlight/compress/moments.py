@@ -8,6 +8,7 @@ import torch
 
 from packlight.compress.listen import Group, inputs_of_all
 from packlight.compress.walk import Block
+from packlight.ops.channels import InputMoments
 
 Moments = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -46,3 +47,16 @@ def gather(
             if (cross := crosses[group]) is not None:
                 cross.addmm_((exact[group.names[0]] - x).T, weighted, alpha=asymmetry)
     return {group: (hessians[group], crosses[group]) for group in groups}
+
+
+def input_moments(block: Block, name: str) -> InputMoments:
+    """Mean and second moments of what enters one matrix, over all tokens."""
+    assert block.activations is not None
+    cols = block.tensor(name).shape[1]
+    total, square, count = torch.zeros(cols, dtype=torch.float64), torch.zeros(cols, cols), 0
+    for part in block.activations.batches():
+        x = inputs_of_all(block, [name], block.activations.inputs[part])[name]
+        total += x.double().sum(dim=0)
+        square.addmm_(x.T, x)
+        count += len(x)
+    return InputMoments(total / count, square.double() / count)

@@ -15,7 +15,9 @@ from packlight.errors import UsageError
 
 METHODS: dict[str, str] = {
     "awq": "packlight.compress.quantize.awq:Awq",
+    "blocks": "packlight.compress.prune.blocks:Blocks",
     "cast": "packlight.compress.cast:Cast",
+    "flap": "packlight.compress.prune.flap:Flap",
     "gptq": "packlight.compress.quantize.gptq:Gptq",
     "hqq": "packlight.compress.quantize.hqq:Hqq",
     "learned": "packlight.compress.quantize.learned:Learned",

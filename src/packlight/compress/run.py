@@ -29,7 +29,7 @@ from packlight.compress.walk import Block, Calibration, WalkResult, check_names,
 from packlight.errors import CheckpointError, UsageError
 from packlight.evidence import Measurement
 from packlight.ops.grid import tensor_digest
-from packlight.runtime.load import empty_model, put_
+from packlight.runtime.load import empty_model, parameter_names, put_
 from packlight.runtime.packed import embedding_factor
 from packlight.spec import Precision
 
@@ -88,6 +88,7 @@ def run(
     if calibration is not None and reading is not None:
         assert calibration.guide is not None or not reading.weighs_tokens
         assert calibration.keeps_targets or not reading.keeps_targets
+        assert calibration.influences or not reading.ranks_blocks
     work.mkdir(parents=True, exist_ok=True)
     model = check_modules(checkpoint, step.precision)
     rows: dict[int, Measurement] = {}
@@ -99,10 +100,12 @@ def run(
         return _restore(block, work, step, model, rows)
 
     current: Block | None = None
+    influences = () if calibration is None else calibration.influences
+    travelling = None if reading is not None and reading.ranks_blocks else calibration
 
     def tracked() -> Iterator[Block]:
         nonlocal current
-        for block in walk(checkpoint, model, proof_ids, calibration, store, restore, result):
+        for block in walk(checkpoint, model, proof_ids, travelling, store, restore, result, influences):
             current = block
             _refuse_not_finite(block)
             yield block
@@ -121,14 +124,16 @@ def block_files(work: Path) -> list[Path]:
 
 def block_reader(blocks: Path) -> Callable[[str], Any]:
     """Bytes of a tensor from whichever block file holds it."""
-    where: dict[str, Path] = {}
+    where: dict[str, tuple[Path, str]] = {}
+    rename = _renaming(blocks)
     for path in block_files(blocks):
         with safe_open(path, framework="pt") as stored:
-            where.update(dict.fromkeys(stored.keys(), path))
+            where.update({rename(name): (path, name) for name in stored.keys()})  # noqa: SIM118 - it is no mapping
 
     def read(name: str) -> Any:
-        with safe_open(where[name], framework="pt") as stored:
-            tensor = stored.get_tensor(name)
+        path, own = where[name]
+        with safe_open(path, framework="pt") as stored:
+            tensor = stored.get_tensor(own)
         return tensor.reshape(-1).contiguous().view(torch.uint8).numpy()
 
     return read
@@ -136,17 +141,48 @@ def block_reader(blocks: Path) -> Callable[[str], Any]:
 
 def digests(work: Path) -> dict[str, str]:
     """`tensor_digest` of every tensor of the result, de-quantized, as it was in memory when its block was finished."""
-    found: dict[str, str] = {}
+    rename = _renaming(work)
+    return {rename(name): digest for notes in _notes(work) for name, digest in notes["digests"].items()}
+
+
+def removed_blocks(work: Path) -> list[int]:
+    """Places of the blocks that are taken out, counted from 0 in the original, in a finished work directory."""
+    return [int(name.rpartition(".")[2]) for name in _removed_names(work)]
+
+
+def _removed_names(work: Path) -> list[str]:
+    return [notes["removed"] for notes in _notes(work) if "removed" in notes]
+
+
+def _notes(work: Path) -> Iterator[dict[str, Any]]:
+    """What is noted in the files of the finished blocks."""
     for path in block_files(work):
         with safe_open(path, framework="pt") as stored:
-            found.update(json.loads(stored.metadata()["notes"])["digests"])
-    return found
+            yield json.loads(stored.metadata()["notes"])
+
+
+def _renaming(work: Path) -> Callable[[str], str]:
+    """From a tensor's name in the original to that in the result, in which the blocks that stay are numbered anew."""
+    names = _removed_names(work)
+    if not names:
+        return lambda name: name
+    prefix = names[0].rpartition(".")[0] + "."
+    removed = removed_blocks(work)
+
+    def rename(name: str) -> str:
+        place, joint, rest = name.removeprefix(prefix).partition(".")
+        if not name.startswith(prefix) or not place.isdigit():
+            return name
+        return f"{prefix}{int(place) - sum(gone < int(place) for gone in removed)}{joint}{rest}"
+
+    return rename
 
 
 def _store(block: Block, work: Path, layout: str, precision: Precision, row: Measurement) -> None:
     dtype = precision.dtype
     tensors: dict[str, torch.Tensor] = {}
-    for name in block.tensors:
+    kept_names = [] if block.is_removed else block.tensors
+    for name in kept_names:
         base, spec = name.removesuffix(".weight"), block.specs[name]
         if name in block.packed:
             tensors.update(stored_tensors(base, block.packed[name], layout))
@@ -159,7 +195,7 @@ def _store(block: Block, work: Path, layout: str, precision: Precision, row: Mea
             tensors[name] = tensor
     # Of a packed matrix this is the de-quantized one: a scale that fits into the dtype may still multiply to infinity.
     seen: dict[str, str] = {}
-    for name in block.tensors:
+    for name in kept_names:
         tensor = block.tensor(name)
         tensor = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
         if not bool(torch.isfinite(tensor).all()):
@@ -169,7 +205,8 @@ def _store(block: Block, work: Path, layout: str, precision: Precision, row: Mea
     half = target.with_suffix(".part")
     kept = {key: value for key, value in dataclasses.asdict(row).items() if value not in (None, {})}
     # One key only: safetensors writes several in no fixed order, and the same block must give the same bytes.
-    notes = {"notes": json.dumps({"row": kept, "digests": seen})}
+    removed = {"removed": block.name} if block.is_removed else {}
+    notes = {"notes": json.dumps({"row": kept, "digests": seen, **removed})}
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half, notes)
     except SafetensorError as error:
@@ -188,8 +225,16 @@ def _restore(block: Block, work: Path, step: Step, model: nn.Module, rows: dict[
     if not path.exists():
         return False
     with safe_open(path, framework="pt") as stored:
-        rows[block.index] = Measurement(**json.loads(stored.metadata()["notes"])["row"])
+        notes = json.loads(stored.metadata()["notes"])
+        rows[block.index] = Measurement(**notes["row"])
+        if "removed" in notes:
+            block.remove_()
+            return True
         names = set(stored.keys())
+        parameters = parameter_names(model)
+        for name in sorted(names - set(block.tensors)):
+            if name.endswith(".bias") and name not in parameters:  # one that the step gave a linear
+                block.put_(name, stored.get_tensor(name))
         for name in block.tensors:
             base = name.removesuffix(".weight")
             if f"{base}{MASK}" in names:

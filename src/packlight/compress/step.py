@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -57,6 +57,15 @@ class Step(Protocol):
         method that is no better."""
         ...
 
+    def reshaped(self, spec: ModelSpec) -> ModelSpec:
+        """The shapes of the result; `spec` itself where none changes. Raises UsageError as `plan` does."""
+        ...
+
+    def reconfigured(self, config: Mapping[str, Any], removed: Sequence[int]) -> Mapping[str, Any]:
+        """The config of the result, before anything about its precision, where the blocks `removed`, counted from 0,
+        are gone; `config` itself where no shape changes."""
+        ...
+
     def plan(self, spec: ModelSpec, calibration: CalibrationSize | None = None) -> Claim:
         """The claim, from shapes alone. Raises UsageError where the step cannot be applied to this model."""
         ...
@@ -77,8 +86,20 @@ class Step(Protocol):
         ...
 
 
+class KeepsShapes:
+    """What the steps share whose result has the shapes and the config of the original."""
+
+    def reshaped(self, spec: ModelSpec) -> ModelSpec:
+        """No shape changes."""
+        return spec
+
+    def reconfigured(self, config: Mapping[str, Any], removed: Sequence[int]) -> Mapping[str, Any]:
+        """The config stays."""
+        return config
+
+
 @dataclass(frozen=True)
-class DenseStep:
+class DenseStep(KeepsShapes):
     """What the steps whose result is on no grid share: they read no text, and break nothing.
 
     Args:
@@ -109,7 +130,7 @@ class DenseStep:
 
     def plan(self, spec: ModelSpec, calibration: CalibrationSize | None = None) -> Claim:
         """Bytes, peak and minutes from shapes alone."""
-        return claim(spec, self.precision, calibration)
+        return claim(spec, self.precision, calibration, self.reshaped(spec))
 
     def measure(self, spec: ModelSpec, artifact: Checkpoint) -> Iterator[Measurement]:
         """Claimed bytes beside stored ones."""
@@ -120,10 +141,19 @@ class DenseStep:
         return {"method": self.name, **asdict(self)}
 
 
-def claim(spec: ModelSpec, precision: Precision, calibration: CalibrationSize | None = None) -> Claim:
-    """What every block-by-block step claims: the exact bytes of its precision, and the walk's own peak and time."""
+def claim(
+    spec: ModelSpec,
+    precision: Precision,
+    calibration: CalibrationSize | None = None,
+    result: ModelSpec | None = None,
+) -> Claim:
+    """What every block-by-block step claims: the exact bytes of its precision, and the walk's own peak and time.
+
+    Args:
+        result: the shapes of what is written, where they are not those of `spec`.
+    """
     job = job_plan(spec, precision, calibration)
-    return Claim(precision, disk_bytes(spec, precision).total, job.peak_bytes, job.minutes)
+    return Claim(precision, disk_bytes(result or spec, precision).total, job.peak_bytes, job.minutes)
 
 
 def check_claim(made: Claim, artifact: Checkpoint) -> Iterator[Measurement]:

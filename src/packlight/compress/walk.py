@@ -50,7 +50,10 @@ class Block:
             for the two ends.
         model: the shapes of the whole.
         moments: second moments (cols, cols) for the matrices of the two ends, where a guide has them.
+        influences: how much each block of the model changes what passes through it, from the first on; empty where
+            the step does not ask.
         packed: the matrices that a step has put on a grid so far, keyed by full tensor name.
+        is_removed: whether a step has taken the block out of the model.
     """
 
     name: str
@@ -63,7 +66,9 @@ class Block:
     model: ModelSpec
     _root: nn.Module
     moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    influences: Sequence[float] = ()
     packed: dict[str, QuantizedTensor] = field(default_factory=dict)
+    is_removed: bool = False
 
     def matrices(self) -> Iterator[tuple[str, TensorSpec, torch.Tensor]]:
         """(full tensor name, spec, weight (rows, cols)) of everything that a quantizer may change."""
@@ -77,8 +82,17 @@ class Block:
         return found.data
 
     def put_(self, name: str, tensor: torch.Tensor) -> None:
-        """Replace a tensor by another of the same shape."""
+        """Replace a tensor by another, of the same shape unless the step says so in `reshaped`, or give a linear a bias
+        that it was without."""
         put_(self._root, name, tensor)
+        if name not in self.specs:
+            self.tensors.append(name)
+            self.specs[name] = TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), "other")
+
+    def remove_(self) -> None:
+        """Take the whole block out: what enters the next is what entered this one, and none of it is stored."""
+        assert self.kind == "layer"
+        self.is_removed = True
 
     def owner(self, name: str) -> nn.Module:
         """The module that a tensor is a parameter of."""
@@ -127,6 +141,7 @@ class Calibration:
         guide: which tokens matter where; None where all matter alike.
         spill: directory for the hidden states where they are to be on disk; None keeps them in memory.
         keeps_targets: whether the windows also travel through the blocks as they were.
+        influences: what `compress.influence` says about the blocks; empty where no step asks.
     """
 
     windows: list[list[int]]
@@ -134,6 +149,7 @@ class Calibration:
     guide: Guide | None = None
     spill: Path | None = None
     keeps_targets: bool = True
+    influences: tuple[float, ...] = ()
 
     def allocate(self, name: str, width: int) -> torch.Tensor:
         """Room for one stream of hidden states, float32 (windows, tokens, width)."""
@@ -237,6 +253,7 @@ def walk(
     store: Callable[[Block], None],
     restore: Callable[[Block], bool],
     result: WalkResult,
+    influences: Sequence[float] = (),
 ) -> Iterator[Block]:
     """Yield every block once, in the order in which tokens pass through.
 
@@ -249,6 +266,7 @@ def walk(
         restore: called first; where it returns True it has put a finished block's weights in place (a run that was
             cut short goes on), and the block is not yielded again.
         result: receives the proof logits.
+        influences: of the blocks, for a step that asks.
 
     Raises:
         CheckpointError: the architecture's blocks cannot be found, or tensors are missing.
@@ -264,7 +282,7 @@ def walk(
         specs = {t.name: t for t in checkpoint.spec.tensors if t.name in set(tensors)}
         at_hand = activations if kind == "layer" else None
         moments = {tensor: ends[tensor] for tensor in tensors if tensor in ends}
-        block = Block(name, index, kind, module, tensors, specs, at_hand, checkpoint.spec, model, moments)
+        block = Block(name, index, kind, module, tensors, specs, at_hand, checkpoint.spec, model, moments, influences)
         if calibration is not None and kind != "head":
             load_dense_(model, checkpoint, tensors, keep_dtype=True)
             if kind == "embedding":
@@ -284,11 +302,13 @@ def walk(
             calls = record_calls(model, layers, proof)
             hidden = calls[0].hidden_states
             if activations is not None and calibration is not None:
-                activations.inputs = _embed(model, layers, calibration, activations.inputs)
+                activations.inputs = embed(model, layers, calibration, activations.inputs)
         elif kind == "layer":
-            with torch.no_grad():
-                hidden = run_block(module, hidden, calls[index - 1])
+            if not block.is_removed:
+                with torch.no_grad():
+                    hidden = run_block(module, hidden, calls[index - 1])
             if activations is not None:
+                assert not block.is_removed, "which blocks go is known before text travels along"
                 cast_(model, tensors, torch.float32)
                 activations.leave(module, index - 1)
             free_(model, tensors)
@@ -395,13 +415,14 @@ def _embedded(model: PreTrainedModel, layers: nn.ModuleList, calibration: Calibr
     inputs = calibration.allocate("inputs", width)
     made = Activations(inputs, None, [call.in_float32() for call in calls], calibration)
     if calibration.keeps_targets:
-        exact = _embed(model, layers, calibration, calibration.allocate("exact", width))
+        exact = embed(model, layers, calibration, calibration.allocate("exact", width))
         made.unchanged = exact, calibration.allocate("targets", width)
     return made
 
 
 @torch.no_grad()
-def _embed(model: PreTrainedModel, layers: nn.ModuleList, calibration: Calibration, out: torch.Tensor) -> torch.Tensor:
+def embed(model: PreTrainedModel, layers: nn.ModuleList, calibration: Calibration, out: torch.Tensor) -> torch.Tensor:
+    """Fill `out` (windows, tokens, hidden) with what enters the first block."""
     for start in range(0, len(calibration.windows), calibration.batch):
         ids = torch.tensor(calibration.windows[start : start + calibration.batch])
         out[start : start + len(ids)] = record_calls(model, layers, ids)[0].hidden_states.float()

@@ -100,11 +100,14 @@ class Reading:
             counts as one.
         weighs_tokens: whether a sweep forward and back over the text comes before the first block.
         keeps_targets: whether the text also passes through the blocks as they were, for what should come out.
+        ranks_blocks: whether the text passes through the model before the first block is changed, for what each block
+            does to it, instead of travelling along.
     """
 
     passes: float = 1.0
     weighs_tokens: bool = False
     keeps_targets: bool = False
+    ranks_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,6 +254,9 @@ def job_plan(
         return JobPlan(max(peaks), seconds / 60)
     matrices = [tensor for tensor in spec.tensors if tensor.kind in ("linear", "expert")]
     per_token = sum(2 * tensor.numel for tensor in matrices)
+    if calibration.reading.ranks_blocks:
+        seconds += calibration.tokens * calibration.reading.passes * per_token / rates.flops_per_s
+        return JobPlan(max(*peaks, _ranking_peak(spec, calibration)), seconds / 60)
     squares = sum(matrix_shape(tensor)[2] ** 2 for tensor in matrices)  # 2 cols^2 each, and two matrices share an input
     seconds += calibration.tokens * (calibration.reading.passes * per_token + squares) / rates.flops_per_s
     sweep = _sweep_peak(spec, calibration) if calibration.reading.weighs_tokens else 0
@@ -270,6 +276,17 @@ def _walk_peak(spec: ModelSpec, precision: Precision, calibration: CalibrationSi
     at_first = _block_peak(outside, precision) + states
     guide = _guide_bytes(spec, calibration)
     return guide + max(at_first, stays + states + CALIBRATION_MATRICES * 4 * widest**2 + flowing + held)
+
+
+def _ranking_peak(spec: ModelSpec, calibration: CalibrationSize) -> int:
+    """Of one pass through the model in float32: what lies outside the blocks and one block as it is stored and as it
+    runs, what flows through a batch of windows, and the hidden states between two blocks."""
+    outside, *blocks = _blocks(spec.tensors)
+    batch = min(CALIBRATION_BATCH, calibration.windows) * calibration.window
+    held = sum(4 * tensor.numel for tensor in outside)
+    held += max((sum(4 * t.numel + t.nbytes for t in block) for block in blocks), default=0)
+    states = 0 if calibration.on_disk else stream_bytes(spec, calibration)
+    return held + states + 2 * activation_bytes(spec, batch, "float32").total
 
 
 def _sweep_peak(spec: ModelSpec, calibration: CalibrationSize) -> int:

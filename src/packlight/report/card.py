@@ -10,10 +10,13 @@ import re
 from collections.abc import Sequence
 
 from packlight.evidence import LEDGER_NAME, Measurement
-from packlight.report.sparsity import what_zeros_saved
+from packlight.report.sparsity import what_removal_saved, what_zeros_saved
 from packlight.report.table import markdown_table
 
-STABLE_NAMES = ("sparsity", "disk_bytes", "dense_bytes", "bits_per_weight", "perplexity", "kl", "top1")
+STABLE_NAMES = (
+    *("sparsity", "removed", "disk_bytes", "dense_bytes", "whole_bytes", "bits_per_weight"),
+    *("perplexity", "kl", "top1"),
+)
 """The rows of the ledger that a card shows."""
 
 _CARD = """\
@@ -38,7 +41,7 @@ The same lines are in `recipe.yaml`.
 
 ## What it cost
 
-{table}{zeros}
+{table}{pruning}
 KL divergence and top-1 agreement compare this model with the original on the same tokens of the same text.
 Times and peak memory depend on the machine: they are in `{ledger}`, one row each, with the command, the commit and
 the environment that produced them.
@@ -75,7 +78,7 @@ def model_card(name: str, rows: Sequence[Measurement], recipe_text: str, is_own_
         recipe=recipe_text.rstrip("\n"),
         fence=_fence(recipe_text),
         table=markdown_table(rows, STABLE_NAMES),
-        zeros="" if (said := what_zeros_saved(rows)) is None else f"\n{said}\n",
+        pruning="" if (said := what_zeros_saved(rows) or what_removal_saved(rows)) is None else f"\n{said}\n",
         ledger=LEDGER_NAME,
         packages="packlight" if is_own_layout else "'transformers>=5.21' compressed-tensors",
         first="import packlight  # teaches transformers the layout\n" if is_own_layout else "",

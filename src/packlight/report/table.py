@@ -141,8 +141,10 @@ class Quantity:
 
 QUANTITIES = {
     "sparsity": Quantity("zeros in the pruned matrices", _as_share),
+    "removed": Quantity("share of all parameters that is gone", _as_share),
     "disk_bytes": Quantity("bytes on disk", _as_bytes),
     "dense_bytes": Quantity("the same with zeros stored like other numbers", _as_bytes),
+    "whole_bytes": Quantity("the same with nothing removed", _as_bytes),
     "bits_per_weight": Quantity("bits per weight", _as_number),
     "peak_bytes": Quantity("peak memory (predicted, difference)", _as_size),
     "weights_bytes": Quantity("weights (planned, difference)", _as_size),

@@ -23,6 +23,7 @@ from packlight.compress.walk import Block
 from packlight.errors import CheckpointError, UsageError
 from packlight.evidence import Measurement
 from packlight.ops.gptq import output_error
+from packlight.plan.layout import artifact_bytes
 from packlight.plan.memory import CalibrationSize, Reading
 from packlight.spec import ModelSpec, Precision, Sparsity
 
@@ -97,8 +98,11 @@ class PruneOptions(DenseStep):
         return super().plan(spec, calibration)
 
     def measure(self, spec: ModelSpec, artifact: Checkpoint) -> Iterator[Measurement]:
-        """Claimed bytes beside stored ones, and the zeros that are there beside those that were asked for."""
+        """Claimed bytes beside stored ones, what they would be with every zero in them, and the zeros that are there
+        beside those that were asked for."""
         yield from super().measure(spec, artifact)
+        note = f"of the weight files in {self.dtype} with every zero in them"
+        yield Measurement("dense_bytes", artifact_bytes(spec, Precision(self.dtype)), "bytes", "packed", note=note)
         yield sparsity_row(self.zeros, spec, artifact)
 
     def to_dict(self) -> dict[str, Any]:

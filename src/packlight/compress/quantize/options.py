@@ -12,7 +12,7 @@ from typing import Any, ClassVar, get_args
 import torch
 
 from packlight.checkpoint.open import Checkpoint
-from packlight.compress.step import Claim, check_claim, claim
+from packlight.compress.step import Claim, KeepsShapes, check_claim, claim
 from packlight.compress.walk import Block
 from packlight.errors import UsageError
 from packlight.evidence import Measurement
@@ -22,7 +22,7 @@ from packlight.spec import Grid, ModelSpec, Precision
 
 
 @dataclass(frozen=True)
-class GridOptions:
+class GridOptions(KeepsShapes):
     """Grids by kind of tensor, and what follows from them.
 
     Args:
