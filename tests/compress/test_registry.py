@@ -32,7 +32,7 @@ def test_building_leaves_the_options_alone() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"method": None}, {"method": ""}, {"method": "quip"}])
 def test_an_unknown_method_names_the_known_ones(options: dict[str, object]) -> None:
-    known = "awq, cast, gptq, hqq, learned, magnitude, rotate, rtn, sparsegpt, wanda"
+    known = "awq, blocks, cast, flap, gptq, hqq, learned, magnitude, rotate, rtn, sparsegpt, wanda"
     with pytest.raises(UsageError, match=f"there is no method .*: choose one of {known}"):
         build(options)
 
