@@ -87,9 +87,9 @@ class Compiled:
 
     def write(self, checkpoint: Checkpoint, out: Path, stage: Stage) -> list[Measurement]:
         """Compile, write, prove in a fresh process and publish; see `Format.write`."""
-        require_compiler()
         check_known(checkpoint.config)
         shapes = self.shapes(checkpoint)
+        require_compiler()
         source = {"name": short_name(checkpoint.source), "sha256": save.content_hash(checkpoint)}
         asked = {"packlight": version("packlight"), "to": self.name, "source": source, **asdict(self)}
         with save.job(out, asked, _needed_bytes(checkpoint, self.dtype)) as work:
